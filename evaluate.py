@@ -1,0 +1,284 @@
+"""Retrieval evaluation (paper section 4): embed, search, R@1 and mMP@5 per domain.
+
+    python evaluate.py runs/real/best.pt --data DIR --json out.json
+
+    load_checkpoint(path)                       -> model, checkpoint
+    embed(network, images, ...)                 -> (N, S) float32 unit rows
+    retrieval_metrics(queries, index, ...)      -> Metrics: both metrics, per query and mean, and the neighbours
+    evaluate(model, sets, ...)                  -> {"mean": ..., "domains": ...}, as in the JSON file
+
+A query is searched in the merged index of all domains (the benchmark) or in its own domain's ("separate"). An index image is
+relevant if it shares a label with the query AND is of the same domain. Where queries and index are the same images, the query
+itself is excluded by its row in the index, never by its rank.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+import data
+from kernels import cosine_topk
+from model import UDON, ViT
+
+EMBED_BATCH = 128                  # fixed: the last digits of an embedding depend on the shape of its batch
+DEFINITIONS = ("R@1: the nearest neighbour shares a class with the query, in the same domain.  mMP@5: with n such images in the "
+               "index,\nthe share of them among the first min(n, 5) neighbours.  Means over queries, then over domains; in %.")
+
+
+class Embeddings(NamedTuple):
+    vectors: torch.Tensor                        # (N, D), any norm
+    labels: Sequence                             # N ints, or sequences of ints where an image has several classes
+    domains: Sequence[str]                       # N
+
+
+class Metrics(NamedTuple):
+    recall_at_1: float                           # in [0, 1], mean over each domain's queries, then over domains
+    mmp_at_k: float
+    per_query_recall: torch.Tensor               # (Q,) float64, 0 or 1
+    per_query_mmp: torch.Tensor                  # (Q,) float64 in [0, 1]
+    neighbours: torch.Tensor                     # (Q, k) int64 rows of the index, nearest first; -1 where the index has no more
+
+
+def retrieval_metrics(queries, index, *, exclude=None, k=5):
+    """R@1 and mMP@k of `queries` searched in `index`, both Embeddings.
+
+    exclude: (Q,) integers, the index row that is the query itself and may not be returned, or -1.
+    Relevant: any label equal and the same domain. R@1 is 1 if the nearest neighbour is relevant. mMP@k: with n relevant rows in
+    the index, the excluded one aside, the relevant among the first min(n, k) neighbours divided by min(n, k); n = 0 gives 0, and
+    counts. Rows of equal similarity rank in ascending order. Raises ValueError for lengths, shapes or values that do not fit.
+    Source: mMP@k as in UnED (arXiv:2309.01858), with exclusion by identity.
+    """
+    vectors = [torch.as_tensor(side.vectors) for side in (queries, index)]
+    for name, side, rows in zip(("queries", "index"), (queries, index), vectors):
+        if not len(rows) == len(side.labels) == len(side.domains) or k < 1:
+            raise ValueError(f"{name} have {len(rows)} vectors, {len(side.labels)} labels, {len(side.domains)} domains, and k is "
+                             f"{k}: the three must be equally many, and k at least 1")
+    if not len(vectors[0]):
+        raise ValueError("there are no queries: give at least one")
+    exclude = torch.full((len(vectors[0]),), -1) if exclude is None else torch.as_tensor(exclude).long().cpu()
+
+    neighbours = torch.full((len(vectors[0]), k), -1, dtype=torch.int64)
+    for group, left in ((exclude < 0, len(vectors[1])), (exclude >= 0, len(vectors[1]) - 1)):     # what is left to a query
+        if group.any() and left > 0:
+            found = cosine_topk(vectors[0][group.to(vectors[0].device)], vectors[1], min(k, left), exclude=exclude[group])[1]
+            neighbours[group, :found.shape[1]] = found.cpu()
+
+    numbers = {}
+    query_ids, index_ids = _label_ids(queries, numbers), _label_ids(index, numbers)
+    relevant = _share(query_ids, index_ids, neighbours.numpy())                                  # (Q, k) bool
+    excluded = _share(query_ids, index_ids, exclude.numpy()[:, None])[:, 0]                      # (Q,)
+    n = np.minimum(_count_sharing(query_ids, index_ids) - excluded, k)                           # (Q,)
+    hits = (relevant & (np.arange(k) < n[:, None])).sum(1)
+    recall, mmp = relevant[:, 0].astype(float), hits / np.maximum(n, 1)
+    rows_of = {}
+    for row, domain in enumerate(queries.domains):
+        rows_of.setdefault(domain, []).append(row)
+    mean = [float(np.mean([values[rows].mean() for rows in rows_of.values()])) for values in (recall, mmp)]
+    return Metrics(*mean, torch.from_numpy(recall), torch.from_numpy(mmp), neighbours)
+
+
+def _label_ids(embeddings, numbers):
+    """(N, L) int64: a number for each (domain, label) of each image, padded with -1. `numbers` gives them out."""
+    several = [sorted(set(label)) if np.ndim(label) else (label,) for label in embeddings.labels]
+    ids = np.full((len(several), max(map(len, several), default=1)), -1, dtype=np.int64)
+    for row, (labels, domain) in enumerate(zip(several, embeddings.domains)):
+        ids[row, :len(labels)] = [numbers.setdefault((domain, int(label)), len(numbers)) for label in labels]
+    return ids
+
+
+def _share(query_ids, index_ids, rows):
+    """(Q, m) bool: does query q share a label with index row rows[q, m]? Never with row -1."""
+    if not len(index_ids):
+        return np.zeros(rows.shape, dtype=bool)
+    theirs = index_ids[rows][:, :, None, :]                                                      # (Q, m, 1, L)
+    mine = query_ids[:, None, :, None]                                                           # (Q, 1, L, 1)
+    return ((mine == theirs) & (mine >= 0)).any((2, 3)) & (rows >= 0)
+
+
+def _count_sharing(query_ids, index_ids):
+    """(Q,) int64: how many index rows share a label with each query."""
+    rows, columns = np.nonzero(index_ids >= 0)
+    flat = index_ids[rows, columns]
+    order = np.argsort(flat, kind="stable")
+    rows, flat = rows[order], flat[order]
+    first, last = np.searchsorted(flat, query_ids, "left"), np.searchsorted(flat, query_ids, "right")
+    counts = np.where(query_ids >= 0, last - first, 0).sum(1)
+    for q in np.flatnonzero((query_ids >= 0).sum(1) > 1):                    # an index row may share several of its labels
+        counts[q] = len(np.unique(np.concatenate([rows[a:b] for a, b in zip(first[q], last[q])])))
+    return counts
+
+
+class TestSet(NamedTuple):
+    """One domain to be evaluated: query images and index images, the same object where they are the same images."""
+    queries: data.TestImages
+    index: data.TestImages
+
+
+TestSet.__test__ = False                          # not a test class, whatever pytest makes of its name
+
+
+def open_sets(benchmark, split, size, *, antialias=True, keep=False, domains=None):
+    """{domain: TestSet} of split "val" or "test" at `size` pixels; keep=True holds decoded images in memory, for repeated use."""
+    sets = {}
+    for domain in domains or benchmark.domains:
+        queries = data.TestImages(benchmark.split(domain, split), size, antialias=antialias, keep=keep)
+        other = benchmark.index_name(domain, split)
+        index = queries if other == split else data.TestImages(benchmark.split(domain, other), size, antialias=antialias, keep=keep)
+        sets[domain] = TestSet(queries, index)
+    return sets
+
+
+@torch.inference_mode()
+def embed(network, images, mean, std, device):
+    """network (B, 3, H, W) -> (B, D), applied to a whole data.TestImages: (N, D) float32 on the CPU, in the images' order."""
+    in_memory = images.pixels is not None or images.split.pixels is not None
+    loader = DataLoader(images, EMBED_BATCH, num_workers=0 if in_memory else min(data.processors(), 8))
+    return torch.cat([network(data.normalise(batch.to(device), mean, std)).float().cpu() for batch in loader])
+
+
+def evaluate(model, sets, preprocessing, *, index="merged", embedding="student"):
+    """Results of a model on {domain: TestSet}, as plain values: {"mean": {...}, "domains": {name: {...}}}.
+
+    index      "merged": one index of all the domains' images; "separate": each domain's own
+    embedding  "student", "backbone", or "teacher": each domain by its own teacher, whose spaces cannot be merged
+    preprocessing  {"mean": (3), "std": (3)}
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    queries, indexes, rows = {}, {}, {}
+    for domain, (query_images, index_images) in sets.items():
+        if embedding == "student":
+            network = model.embed
+        elif embedding == "backbone":
+            network = model.embed_backbone
+        else:
+            network = lambda images: model.teacher_heads[domain](model.embed_backbone(images))
+        embedded = {}
+        for images in {query_images, index_images}:
+            vectors = embed(network, images, preprocessing["mean"], preprocessing["std"], device)
+            embedded[images] = Embeddings(vectors, list(images.split.labels), [domain] * len(images))
+        queries[domain], indexes[domain] = embedded[query_images], embedded[index_images]
+        rows[domain] = np.arange(len(query_images)) if query_images is index_images else np.full(len(query_images), -1)
+    if index == "merged":
+        offsets = dict(zip(sets, np.cumsum([0] + [len(part.vectors) for part in indexes.values()])))
+        exclude = np.concatenate([np.where(rows[d] >= 0, rows[d] + offsets[d], -1) for d in sets])
+        merged = retrieval_metrics(_joined(queries.values()), _joined(indexes.values()), exclude=exclude)
+        cuts = np.cumsum([len(part.vectors) for part in queries.values()])[:-1].tolist()
+        recalls, mmps = (per_query.tensor_split(cuts) for per_query in merged[2:4])
+    else:
+        alone = [retrieval_metrics(queries[d], indexes[d], exclude=rows[d]) for d in sets]
+        recalls, mmps = [m.per_query_recall for m in alone], [m.per_query_mmp for m in alone]
+    domains = {d: {"recall_at_1": recall.mean().item(), "mmp_at_5": mmp.mean().item(),
+                   "queries": len(queries[d].vectors), "index": len(indexes[d].vectors)}
+               for d, recall, mmp in zip(sets, recalls, mmps)}
+    mean = {name: sum(row[name] for row in domains.values()) / len(domains) for name in ("recall_at_1", "mmp_at_5")}
+    return {"mean": mean, "domains": domains}
+
+
+def _joined(parts):
+    parts = list(parts)
+    return Embeddings(torch.cat([p.vectors for p in parts]), sum((p.labels for p in parts), []), sum((p.domains for p in parts), []))
+
+
+def table(results, untrained=None):
+    """The results as lines of text, in %; beside them those of the same network untrained."""
+    def line(name, row, other):
+        sizes = f"{row['queries']:9,}{row['index']:9,}" if "queries" in row else 18 * " "
+        beside = f"{100 * other['recall_at_1']:14.2f}{100 * other['mmp_at_5']:10.2f}" if other else ""
+        return f"{name:16}{sizes}{100 * row['recall_at_1']:10.2f}{100 * row['mmp_at_5']:10.2f}{beside}"
+
+    heading = f"{'domain':16}{'queries':>9}{'index':>9}{'R@1':>10}{'mMP@5':>10}" + (f"{'untrained R@1':>16}{'mMP@5':>8}" if untrained
+                                                                             else "")
+    lines = [line(d, row, untrained and untrained["domains"][d]) for d, row in results["domains"].items()]
+    return "\n".join([heading, *lines, line("mean", results["mean"], untrained and untrained["mean"]), DEFINITIONS])
+
+
+def load_checkpoint(path, device="cpu"):
+    """-> (model.UDON in evaluation mode, the checkpoint's dict). Raises data.InputError for a file that is none."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise data.InputError(f"checkpoint {path} cannot be opened ({error.strerror}): give a best.pt or last.pt") from None
+    except Exception:
+        checkpoint = None                          # torch raises errors of many kinds for files that it did not write
+    if not isinstance(checkpoint, dict) or not {"model", "architecture", "preprocessing", "config", "step"} <= checkpoint.keys():
+        raise data.InputError(f"file {path} is not a checkpoint of this project, or is damaged: give a best.pt or last.pt of a run")
+    model = build(checkpoint["architecture"]).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model.eval(), checkpoint
+
+
+def build(architecture):
+    """The untrained model of {"backbone": ViT's arguments, "classes", "student_dim", "teacher_dim"}."""
+    arguments = dict(architecture)
+    return UDON(ViT(**arguments.pop("backbone")), arguments.pop("classes"), **arguments)
+
+
+def write_json(path, value):
+    """Writes all of the file or nothing."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are one sentence on stderr and exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+
+
+def report(options):
+    """What the command line asks for: prints the table, writes the JSON file."""
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise data.InputError(f"folder of --json {options.json} does not exist: make it first")
+    if options.embedding == "teacher" and options.index == "merged":
+        raise data.InputError("--embedding teacher with --index merged compares what different teachers say: use --index separate")
+    index = options.index or ("separate" if options.embedding == "teacher" else "merged")
+    model, checkpoint = load_checkpoint(options.checkpoint, options.device)
+    root = options.data or checkpoint["config"]["data"]
+    benchmark = data.Benchmark(root)
+    untaught = [d for d in benchmark.domains if d not in model.teacher_heads]
+    if options.embedding == "teacher" and untaught:
+        raise data.InputError(f"domain {untaught[0]!r} has no teacher in {options.checkpoint}, whose teachers are "
+                              f"{list(model.teacher_heads)}: use --embedding student")
+    preprocessing = checkpoint["preprocessing"]
+    size = checkpoint["architecture"]["backbone"]["image_size"]
+    sets = open_sets(benchmark, options.split, size, antialias=preprocessing["antialias"])
+    print(f"{options.checkpoint}, step {checkpoint['step']}, on {root or 'the procedural domains'}: {options.embedding} embedding, "
+          f"{options.split} queries, {index} index")
+    results = evaluate(model, sets, preprocessing, index=index, embedding=options.embedding)
+    print(table(results))
+    if options.json:
+        write_json(options.json, {**results, "checkpoint": str(options.checkpoint), "step": checkpoint["step"], "data": root,
+                                  "split": options.split, "index": index, "embedding": options.embedding})
+
+
+def main(arguments=None):
+    parser = Parser(description="Retrieval metrics of a checkpoint, per domain and mean.")
+    parser.add_argument("checkpoint", help="best.pt or last.pt of a run")
+    parser.add_argument("--data", metavar="DIR", help="data folder (default: the data that the checkpoint was trained on)")
+    parser.add_argument("--split", choices=("test", "val"), default="test", help="whose images are the queries (default: test)")
+    parser.add_argument("--index", choices=("merged", "separate"),
+                        help="search all domains' images, or the query's domain alone (default: merged; for teachers: separate)")
+    parser.add_argument("--embedding", choices=("student", "teacher", "backbone"), default="student", help="(default: student)")
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file too")
+    parser.add_argument("--device", default=default_device(), help="(default here: %(default)s)")
+    try:
+        report(parser.parse_args(arguments))
+    except data.InputError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

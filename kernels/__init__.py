@@ -1,0 +1,5 @@
+"""Kernels that retrieval needs. `cosine_topk` is the only public name.    Copy with: the folder, and torch."""
+
+from kernels.topk import cosine_topk
+
+__all__ = ["cosine_topk"]
