@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
@@ -158,11 +159,12 @@ class Benchmark:
 
 
 def resize(image, width, height, antialias=True):
-    """A PIL image resized, bilinear. antialias=False samples as the official code's TensorFlow does (half-pixel centres)."""
+    """An RGB PIL image -> (height, width, 3) uint8, bilinear. antialias=False is the official code's TensorFlow resize."""
     if antialias:
-        return image.resize((width, height), Image.Resampling.BILINEAR)
-    scale_x, scale_y = image.width / width, image.height / height
-    return image.transform((width, height), Image.Transform.AFFINE, (scale_x, 0, 0, 0, scale_y, 0), Image.Resampling.BILINEAR)
+        return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+    pixels = F.interpolate(pixels, (height, width), mode="bilinear", antialias=False, align_corners=False)
+    return pixels[0].permute(1, 2, 0).round().byte().numpy()
 
 
 def train_side(size):
@@ -172,7 +174,7 @@ def train_side(size):
 
 def prepare_train(image, size, antialias=True):
     """(R, R, 3) uint8 with R = train_side(size): the whole image, aspect ignored. Random crop and flip come later."""
-    return np.asarray(resize(image, train_side(size), train_side(size), antialias))
+    return resize(image, train_side(size), train_side(size), antialias)
 
 
 def prepare_test(image, size, antialias=True):
@@ -180,7 +182,7 @@ def prepare_test(image, size, antialias=True):
     short = min(image.size)
     width, height = (max(size, int(side * size / short)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(resize(image, width, height, antialias))[top:top + size, left:left + size]
+    return resize(image, width, height, antialias)[top:top + size, left:left + size]
 
 
 def normalise(images, mean, std):

@@ -46,22 +46,24 @@ def load(vit, path, *, activation=None):
     a size that differs.
     """
     weights = _read(path)
+    heads = None                                             # torch's layouts do not tell their number
     if "Transformer/encoder_norm/scale" in weights:
-        weights, heads, family = *_from_augreg(weights), ("gelu_tanh", 1e-6, False)
-        preprocessing = HALF
+        family, preprocessing = ("gelu_tanh", 1e-6, False), HALF
+        weights, heads = _from_augreg(weights)
     elif any(key.startswith("visual.") for key in weights):
-        weights, heads, family = _from_clip(weights), None, ("quick_gelu", 1e-5, True)
-        preprocessing = CLIP
-        if activation is None and weights["norm.weight"].dtype == torch.float32 if "norm.weight" in weights else False:
-            warnings.warn(f"{path} is in CLIP's layout, which does not tell the activation: taken to be OpenAI's QuickGELU; pass "
-                          "activation='gelu' for open_clip's LAION weights", stacklevel=2)
+        family, preprocessing = ("quick_gelu", 1e-5, True), CLIP
+        weights = _from_clip(weights)
+        if activation is None and all(value.dtype != torch.float16 for value in weights.values()):      # OpenAI's have halves
+            warnings.warn(f"{path} does not tell its activation: taken to be OpenAI's QuickGELU; pass activation='gelu' for "
+                          "open_clip's LAION weights", stacklevel=2)
     elif "patch_embed.proj.weight" in weights:
         weights = {key: value for key, value in weights.items() if not key.startswith(("head.", "pre_logits."))}
-        heads, pre_norm = None, "norm_pre.weight" in weights
-        family, preprocessing = (("gelu", 1e-5, True), CLIP) if pre_norm else (("gelu", 1e-6, False), HALF)
-        if activation is None and pre_norm:
-            warnings.warn(f"{path} is in timm's CLIP layout, which does not tell the activation: taken to be timm's default GELU; "
-                          "pass activation='quick_gelu' for its quickgelu models", stacklevel=2)
+        family, preprocessing = ("gelu", 1e-6, False), HALF
+        if "norm_pre.weight" in weights:
+            family, preprocessing = ("gelu", 1e-5, True), CLIP
+            if activation is None:
+                warnings.warn(f"{path} does not tell its activation: taken to be timm's default, GELU; pass "
+                              "activation='quick_gelu' for timm's quickgelu models", stacklevel=2)
     else:
         raise WeightsError(f"{path} holds no ViT in AugReg, timm or CLIP layout (its first keys: {_some(weights)}): give one of "
                            "those")
@@ -160,8 +162,9 @@ def _from_clip(weights):
                          (".mlp.c_fc.", ".mlp.fc1."), (".mlp.c_proj.", ".mlp.fc2.")):
             name = name.replace(old, new)
         renamed[name] = value
-    for name, shape in (("cls_token", (1, 1, -1)), ("pos_embed", (1, -1, renamed["pos_embed"].shape[-1]))):
-        renamed[name] = renamed[name].reshape(shape)
+    for name, dimensions in (("cls_token", 1), ("pos_embed", 2)):            # (D,) -> (1, 1, D), (N+1, D) -> (1, N+1, D)
+        if name in renamed and renamed[name].ndim == dimensions:
+            renamed[name] = renamed[name].reshape(1, -1, renamed[name].shape[-1])
     return renamed
 
 

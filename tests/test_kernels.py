@@ -1,0 +1,410 @@
+"""kernels.cosine_topk against exact arithmetic: order, ties, exclusion, norms, dtypes, blocks, memory and errors."""
+
+from contextlib import contextmanager
+from fractions import Fraction
+from unittest.mock import patch
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import kernels.topk
+from kernels import cosine_topk
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+SCALES = (1.0, 3.0, 2.0**-100, 2.0**100)           # 1e-30 to 1e30; exact in float32, so that a scaled row still ties
+GRID = 2**24                                        # scores are whole multiples of 1 / GRID
+TOLERANCE = 1e-6
+BLOCKS = ((1, 1), (1, 3), (2, 2), (3, 5), (2, 64), (64, 4), (1024, 2048))      # queries x index rows
+SHAPES = (                                          # Q, G, D, k
+    (1, 1, 1, 1),
+    (1, 40, 6, 7),
+    (9, 1, 5, 1),
+    (9, 33, 1, 33),
+    (17, 40, 6, 40),
+    (13, 57, 16, 5),
+)
+PROPERTY = settings(deadline=None, max_examples=100)
+
+
+@contextmanager
+def blocks(query_block, index_block):
+    with patch.multiple(kernels.topk, QUERY_BLOCK=query_block, INDEX_BLOCK=index_block):
+        yield
+
+
+def random_search(seed, queries, rows, width, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, width, generator=generator, dtype=torch.float64).to(dtype) for n in (queries, rows)]
+
+
+def cosines(queries, index):
+    """(Q, G) float64 by numpy; a zero row has cosine 0."""
+    sides = []
+    for side in (queries, index):
+        vectors = side.double().numpy()
+        norms = np.sqrt((vectors * vectors).sum(1, keepdims=True))
+        sides.append(vectors / np.where(norms == 0, 1, norms))
+    return sides[0] @ sides[1].T
+
+
+def check(queries, index, k, exclude=None):
+    """The result of a search, once it is what brute force with a stable sort gives."""
+    scores, rows = cosine_topk(queries, index, k, exclude=exclude)
+    assert scores.dtype == torch.float32 and rows.dtype == torch.int64
+    assert scores.shape == rows.shape == (len(queries), k)
+    truth = cosines(queries, index)
+    for q in range(len(queries)):
+        barred = -1 if exclude is None else int(exclude[q])
+        order = [r for r in np.argsort(-np.rint(truth[q] * GRID), kind="stable").tolist() if r != barred][:k]
+        assert rows[q].tolist() == order, f"query {q}, barred {barred}: rows {rows[q].tolist()}, should be {order}"
+        error = np.abs(scores[q].double().numpy() - truth[q][order]).max()
+        assert error <= TOLERANCE, f"query {q}: a score is {error:.1e} from the cosine"
+    assert (scores.diff(dim=1) <= 0).all(), "scores ascend"
+    assert not len(scores) or scores.abs().max() <= 1
+    return scores, rows
+
+
+@st.composite
+def searches(draw):
+    """Integer vectors out of a small pool, so that equal rows and equal cosines abound: queries, index, exclude, k."""
+    vector = st.tuples(*[st.integers(-3, 3)] * draw(st.integers(1, 3)))
+    pool = draw(st.lists(vector, min_size=1, max_size=4))
+    index = draw(st.lists(st.sampled_from(pool), min_size=1, max_size=12))
+    queries = draw(st.lists(st.sampled_from(pool) | vector, max_size=5))
+    one_of_the_index = st.integers(-1, len(index) - 1)
+    exclude = draw(st.none() | st.lists(one_of_the_index, min_size=len(queries), max_size=len(queries)))
+    left = len(index) - any(row >= 0 for row in exclude or [])
+    if not left:
+        exclude, left = None, 1
+    return queries, index, exclude, draw(st.integers(1, left))
+
+
+def exact_rows(query, index, barred, k):
+    """The k nearest rows in rational arithmetic: by cos |cos|, which orders as the cosine does, then by row."""
+    def closeness(row):
+        dot, squared = sum(a * b for a, b in zip(query, index[row])), sum(b * b for b in index[row])
+        return Fraction(dot * abs(dot), squared or 1)                # the query's own norm changes no order
+
+    return sorted((row for row in range(len(index)) if row != barred), key=lambda row: (-closeness(row), row))[:k]
+
+
+def as_matrix(vectors, scales, width):
+    return torch.tensor(vectors, dtype=torch.float64).reshape(len(vectors), width) * torch.tensor(scales)[:, None]
+
+
+# Order ---------------------------------------------------------------------------------------------------------------------
+
+
+@PROPERTY
+@given(searches(), st.sampled_from(BLOCKS), st.sampled_from(DTYPES[2:]), st.data())
+def test_order_is_that_of_rational_arithmetic(search, sizes, dtype, data):
+    queries, index, exclude, k = search
+    width = len(index[0])
+    scaled = [as_matrix(v, data.draw(st.lists(st.sampled_from(SCALES), min_size=len(v), max_size=len(v))), width).to(dtype)
+              for v in (queries, index)]
+    barred = None if exclude is None else torch.tensor(exclude, dtype=torch.int64)
+    with blocks(*sizes):
+        _, rows = cosine_topk(*scaled, k, exclude=barred)
+    for q, query in enumerate(queries):
+        expected = exact_rows(query, index, -1 if exclude is None else exclude[q], k)
+        assert rows[q].tolist() == expected, f"query {query}: rows {rows[q].tolist()}, should be {expected}"
+
+
+@PROPERTY
+@given(st.integers(0, 2**32), st.sampled_from(SHAPES), st.sampled_from(BLOCKS), st.booleans())
+def test_random_data_equals_brute_force(seed, shape, sizes, with_exclusion):
+    q, g, d, k = shape
+    queries, index = random_search(seed, q, g, d)
+    exclude = None
+    if with_exclusion and g > 1:
+        exclude, k = torch.randint(-1, g, (q,), generator=torch.Generator().manual_seed(seed)), min(k, g - 1)
+    with blocks(*sizes):
+        check(queries, index, k, exclude)
+
+
+@pytest.mark.parametrize("k", range(1, 9))
+def test_every_k_is_a_prefix_of_the_whole_ranking(k):
+    queries, index = random_search(1, 5, 8, 4)
+    scores, rows = check(queries, index, 8)
+    for found, whole in zip(cosine_topk(queries, index, k), (scores, rows)):
+        assert torch.equal(found, whole[:, :k])
+
+
+def test_equal_rows_come_in_ascending_order_across_blocks():
+    near, far = [3.0, 4.0], [4.0, -3.0]
+    index = torch.tensor([far, near, far, far, near, near, far, near])
+    for sizes in BLOCKS:
+        with blocks(*sizes):
+            scores, rows = cosine_topk(torch.tensor([near, far]), index, 8)
+        assert rows.tolist() == [[1, 4, 5, 7, 0, 2, 3, 6], [0, 2, 3, 6, 1, 4, 5, 7]], f"blocks {sizes}"
+        assert scores.tolist() == [[1.0] * 4 + [0.0] * 4] * 2
+
+
+def test_many_equal_rows_score_equally_wherever_they_stand():
+    """At the real block sizes: products of equal vectors differ in the last bits with their place in a matrix product."""
+    queries, index = random_search(2, 3, 1, 67)
+    scores, rows = cosine_topk(queries, index.expand(4200, -1), 4200)
+    assert torch.equal(rows, torch.arange(4200).expand(3, -1))
+    assert (scores == scores[:, :1]).all()
+
+
+def test_scores_are_multiples_of_the_grid():
+    scores, _ = cosine_topk(*random_search(3, 8, 30, 7), 30)
+    steps = scores.double() * GRID
+    assert torch.equal(steps, steps.round())
+
+
+# Exclusion -----------------------------------------------------------------------------------------------------------------
+
+
+@PROPERTY
+@given(st.integers(2, 12), st.sampled_from(BLOCKS), st.data())
+def test_an_excluded_row_never_returns(rows, sizes, data):
+    """Even where it is the best and all others are as far away as can be: k takes all that is left."""
+    barred = data.draw(st.integers(0, rows - 1))
+    index = -torch.ones(rows, 2)
+    index[barred] = 1
+    with blocks(*sizes):
+        scores, found = cosine_topk(torch.ones(1, 2), index, rows - 1, exclude=torch.tensor([barred]))
+    assert found[0].tolist() == [row for row in range(rows) if row != barred]
+    assert (scores == -1).all()
+
+
+def test_exclusion_is_by_row_not_by_value():
+    index = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    _, rows = cosine_topk(index, index, 2, exclude=torch.arange(3))
+    assert rows.tolist() == [[1, 2], [0, 2], [0, 1]]
+
+
+def test_minus_one_excludes_nothing():
+    queries, index = random_search(4, 6, 20, 3)
+    for found, plain in zip(cosine_topk(queries, index, 20, exclude=torch.full((6,), -1)), cosine_topk(queries, index, 20)):
+        assert torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_exclude_of_every_integer_type(dtype):
+    """A column's number in a later block is below zero, which the narrow types must survive."""
+    queries, index = random_search(5, 5, 120, 3)
+    rows = torch.tensor([0, 1, 20, 100, 119])
+    with blocks(2, 16):
+        found = cosine_topk(queries, index, 119, exclude=rows.to(dtype))
+        expected = cosine_topk(queries, index, 119, exclude=rows)
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("form", (list, tuple, np.array), ids=lambda form: form.__name__)
+def test_exclude_of_other_sequences(form):
+    queries, index = random_search(6, 4, 9, 3)
+    rows = [3, -1, 0, 8]
+    assert torch.equal(cosine_topk(queries, index, 8, exclude=form(rows))[1],
+                       cosine_topk(queries, index, 8, exclude=torch.tensor(rows))[1])
+
+
+# Values --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("index_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("query_dtype", DTYPES, ids=str)
+def test_dtypes(query_dtype, index_dtype):
+    """Half precision is taken as it is and computed in float64."""
+    queries, index = random_search(7, 9, 50, 12)
+    check(queries.to(query_dtype), index.to(index_dtype), 20)
+
+
+@PROPERTY
+@given(st.integers(0, 2**32), st.sampled_from(DTYPES[1:]), st.data())
+def test_norms_from_1e_minus_30_to_1e30(seed, dtype, data):
+    queries, index = random_search(seed, 3, 11, 5, torch.float64)
+    exponents = data.draw(st.lists(st.floats(-30, 30), min_size=14, max_size=14))
+    scale = 10 ** torch.tensor(exponents, dtype=torch.float64)[:, None]
+    check((queries * scale[:3]).to(dtype), (index * scale[3:]).to(dtype), 11)
+
+
+@pytest.mark.parametrize("scale", (2.0**-700, 2.0**700))
+def test_norms_whose_square_leaves_float64(scale):
+    queries, index = random_search(8, 4, 10, 3, torch.float64)
+    expected = cosine_topk(queries, index, 10)
+    for scaled in ((queries * scale, index), (queries, index * scale)):
+        found = cosine_topk(*scaled, 10)
+        assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
+
+
+def test_zero_rows_have_similarity_zero_to_all():
+    index = torch.tensor([[0.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    scores, rows = cosine_topk(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), index, 4)
+    assert rows.tolist() == [[2, 0, 3, 1], [0, 1, 2, 3]]
+    assert scores.tolist() == [[1, 0, 0, -1], [0, 0, 0, 0]]
+
+
+def test_closed_form_with_negative_cosines():
+    degrees = [180, 60, 120, 0, 90]
+    angles = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+    scores, rows = cosine_topk(torch.tensor([[5.0, 0.0]]), torch.stack([angles.cos(), angles.sin()], 1), 5)
+    assert rows.tolist() == [[3, 1, 4, 2, 0]]
+    assert scores.tolist() == [[1.0, 0.5, 0.0, -0.5, -1.0]]
+
+
+# What must change nothing --------------------------------------------------------------------------------------------------
+
+
+@PROPERTY
+@given(st.integers(0, 2**32), st.sampled_from(BLOCKS), st.sampled_from(BLOCKS), st.integers(1, 39))
+def test_block_sizes_change_nothing(seed, one, other, k):
+    queries, index = random_search(seed, 7, 40, 8)
+    index[::3] = index[0]
+    exclude = torch.arange(-1, 6)
+    with blocks(*one):
+        expected = cosine_topk(queries, index, k, exclude=exclude)
+    with blocks(*other):
+        found = cosine_topk(queries, index, k, exclude=exclude)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@PROPERTY
+@given(st.integers(0, 2**32), st.lists(st.integers(0, 8), max_size=3))
+def test_batching_of_queries_changes_nothing(seed, cuts):
+    queries, index = random_search(seed, 8, 21, 5)
+    exclude = torch.arange(-1, 7)
+    scores, rows = cosine_topk(queries, index, 6, exclude=exclude)
+    parts = list(zip(queries.tensor_split(sorted(cuts)), exclude.tensor_split(sorted(cuts))))
+    found = [cosine_topk(part, index, 6, exclude=barred) for part, barred in parts]
+    assert torch.equal(torch.cat([s for s, _ in found]), scores)
+    assert torch.equal(torch.cat([r for _, r in found]), rows)
+
+
+@PROPERTY
+@given(st.integers(0, 2**32), st.permutations(range(25)), st.sampled_from(BLOCKS))
+def test_permuting_the_index_permutes_the_rows(seed, order, sizes):
+    queries, index = random_search(seed, 6, 25, 9)                         # without ties, whose order is that of the rows
+    order = torch.tensor(order)
+    exclude = torch.tensor([0, 3, -1, 24, 7, -1])
+    scores, rows = cosine_topk(queries, index, 24, exclude=exclude)
+    moved = torch.where(exclude < 0, -1, order.argsort()[exclude])
+    with blocks(*sizes):
+        new_scores, new_rows = cosine_topk(queries, index[order], 24, exclude=moved)
+    assert torch.equal(new_scores, scores) and torch.equal(order[new_rows], rows)
+
+
+def test_non_contiguous_inputs():
+    queries, index = random_search(9, 6, 40, 10)
+    wide, tall = torch.randn(40, 30), queries.T.contiguous()
+    wide[:, 1::3] = index
+    assert not wide[:, 1::3].is_contiguous() and not tall.T.is_contiguous()
+    for found, expected in zip(cosine_topk(tall.T, wide[:, 1::3], 9), cosine_topk(queries, index, 9)):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inputs_are_not_modified(dtype):
+    """float64 needs no conversion, so there nothing else makes a copy."""
+    given_ = *random_search(10, 5, 20, 4, dtype), torch.tensor([0, -1, 5, 19, -1])
+    before = [tensor.clone() for tensor in given_]
+    cosine_topk(*given_[:2], 7, exclude=given_[2])
+    for tensor, copy in zip(given_, before):
+        assert torch.equal(tensor, copy)
+
+
+def test_no_gradient_is_kept():
+    queries, index = (side.requires_grad_() for side in random_search(11, 4, 9, 3))
+    scores, rows = cosine_topk(queries, index, 3, exclude=torch.arange(4))
+    assert not scores.requires_grad
+    assert torch.equal(rows, cosine_topk(queries.detach(), index.detach(), 3, exclude=torch.arange(4))[1])
+
+
+def test_no_queries():
+    for exclude in (None, torch.zeros(0, dtype=torch.int64)):
+        scores, rows = cosine_topk(torch.zeros(0, 3), torch.ones(5, 3), 5, exclude=exclude)
+        assert scores.shape == rows.shape == (0, 5)
+        assert scores.dtype == torch.float32 and rows.dtype == torch.int64
+
+
+def test_auto_is_torch():
+    queries, index = random_search(12, 4, 30, 6)
+    for found, expected in zip(cosine_topk(queries, index, 5, backend="torch"), cosine_topk(queries, index, 5, backend="auto")):
+        assert torch.equal(found, expected)
+
+
+# Memory --------------------------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Records how many elements the largest result of any operation has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))])
+        return result
+
+
+@pytest.mark.parametrize("q, g, d, k, sizes", (
+    (60, 90, 4, 3, (10, 40)),
+    (400, 30, 2, 5, (20, 10)),
+    (20, 900, 2, 5, (10, 200)),
+    (1500, 3000, 2, 2, None),                       # the real blocks, fewer than the whole of it
+), ids=str)
+def test_memory_is_one_block_and_never_all_scores(q, g, d, k, sizes):
+    queries, index = random_search(13, q, g, d)
+    rows_a, rows_b = sizes or (1024, 2048)
+    allowed = max(rows_a * rows_b, q * d, g * d, 2 * q * k)
+    assert allowed < q * g / 2, "this size shows nothing"
+    with blocks(*sizes or (kernels.topk.QUERY_BLOCK, kernels.topk.INDEX_BLOCK)), Largest() as largest:
+        cosine_topk(queries, index, k, exclude=torch.arange(q) % g)
+    assert 0 < largest.elements <= allowed, f"a tensor of {largest.elements} elements where {allowed} are allowed"
+
+
+# Errors --------------------------------------------------------------------------------------------------------------------
+
+Q, G = torch.ones(3, 4), torch.ones(6, 4)
+NAN, INF = float("nan"), float("inf")
+
+
+def with_value(matrix, row, value):
+    matrix = matrix.clone()
+    matrix[row, 1] = value
+    return matrix
+
+
+@pytest.mark.parametrize("arguments, options, sentence", (
+    ((Q, G, 0), {}, "k is 0: it must be from 1 to 6"),
+    ((Q, G, -2), {}, "k is -2: it must be from 1 to 6"),
+    ((Q, G, 7), {}, "k is 7: it must be from 1 to 6"),
+    ((Q, G, 2.5), {}, "k is 2.5: .*must"),
+    ((Q, G, 6), {"exclude": torch.tensor([-1, 2, -1])}, "k is 6: it must be from 1 to 5"),
+    ((Q, G[:1], 1), {"exclude": torch.tensor([-1, 0, -1])}, "k is 1: it must"),
+    ((Q, G[:0], 1), {}, "k is 1: it must"),
+    ((Q, torch.ones(6, 5), 1), {}, "queries have 4 dimensions, the index has 5: .*must"),
+    ((with_value(Q, 2, NAN), G, 1), {}, "queries row 2 .*must"),
+    ((with_value(Q, 0, INF), G, 1), {}, "queries row 0 .*must"),
+    ((Q, with_value(G, 5, NAN), 1), {}, "index row 5 .*must"),
+    ((Q, with_value(G, 3, -INF), 1), {}, "index row 3 .*must"),
+    ((Q[0], G, 1), {}, r"queries are \(4,\) .*must be two-dimensional"),
+    ((Q, G[0], 1), {}, r"index are \(4,\) .*must be two-dimensional"),
+    ((Q[None], G, 1), {}, r"queries are \(1, 3, 4\) .*must be two-dimensional"),
+    ((Q.long(), G, 1), {}, "queries are .*int64: they must be .*floating point"),
+    ((Q, G.int(), 1), {}, "index are .*int32: they must be .*floating point"),
+    ((Q, G, 1), {"exclude": torch.tensor([0, 1])}, r"exclude is \(2,\) .*must hold one integer for each of the 3"),
+    ((Q, G, 1), {"exclude": torch.tensor([[0], [1], [2]])}, r"exclude is \(3, 1\) .*must hold one integer"),
+    ((Q, G, 1), {"exclude": 1}, r"exclude is \(\) .*must hold one integer"),
+    ((Q, G, 1), {"exclude": torch.zeros(3)}, "exclude is .*float32: it must hold one integer"),
+    ((Q, G, 1), {"exclude": torch.zeros(3, dtype=torch.bool)}, "exclude is .*bool: it must hold one integer"),
+    ((Q, G, 1), {"exclude": torch.tensor([0, 6, 1])}, "exclude holds 6: it must hold rows of the index, 0 to 5, or -1"),
+    ((Q, G, 1), {"exclude": torch.tensor([0, 1, -2])}, "exclude holds -2: it must hold rows of the index, 0 to 5, or -1"),
+    ((Q, G, 1), {"backend": "cuda"}, "backend 'cuda' is unknown: use 'auto', 'torch'"),
+))
+def test_errors_name_the_value_and_the_remedy(arguments, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        cosine_topk(*arguments, **options)
+
+
+def test_triton_says_that_it_is_not_built():
+    with pytest.raises(NotImplementedError, match="'triton' is not built yet: use 'auto' or 'torch'"):
+        cosine_topk(Q, G, 1, backend="triton")
