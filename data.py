@@ -346,33 +346,33 @@ def _distinct(rng, number, *levels):
 
 
 def _colour_classes(rng, number):
-    return _distinct(rng, number, 10, 10, 2)                       # hue of the body, of its spots, body pale or full
+    return _distinct(rng, number, 8, 8, 2)                         # hue of the body, of its spots, body pale or full
 
 
 def _draw_colour(rng, look):
     body, spots, pale = look
     image, pen, _ = _background(rng)
     centre, radius = rng.uniform(52, 76, 2), rng.uniform(32, 44)
-    hue = body / 10 + rng.normal(0, 0.012)
+    hue = body / 8 + rng.normal(0, 0.012)
     pen.polygon(_polygon(_outline(rng), centre, radius), fill=_colour(rng, hue, *(((0.3, 0.4), (0.85, 0.95)) if pale else
                                                                                   ((0.85, 1.0), (0.6, 0.75)))))
     kind = rng.integers(2, 6)
     for place in _places(rng, rng.integers(3, 7), 20, 30):
         inside = centre + (place - 64) * 0.7
-        _mark(pen, kind, inside, rng.uniform(6, 9), _colour(rng, spots / 10 + rng.normal(0, 0.012), (0.8, 1.0), (0.85, 1.0)),
+        _mark(pen, kind, inside, rng.uniform(6, 9), _colour(rng, spots / 8 + rng.normal(0, 0.012), (0.8, 1.0), (0.85, 1.0)),
               rng.uniform(0, 360))
     return image
 
 
 def _shape_classes(rng, number):
-    return [_outline(rng, 0.32) for _ in range(number)]
+    return [_outline(rng, 0.4) for _ in range(number)]
 
 
 def _draw_shape(rng, outline):
     image, pen, value = _background(rng)
-    radius = rng.uniform(28, 40)
+    radius = rng.uniform(30, 42)
     centre = rng.uniform(54, 74, 2)
-    points = _polygon(outline, centre, radius, rng.normal(0, 0.15), rng.uniform(0.9, 1.1))
+    points = _polygon(outline, centre, radius, rng.normal(0, 0.1), rng.uniform(0.92, 1.08))
     pen.polygon(points, fill=_colour(rng, value=value))
     if rng.random() < 0.5:                                         # filled with stripes of another colour
         stripes, mask = image.copy(), Image.new("L", image.size)
@@ -385,7 +385,9 @@ def _draw_shape(rng, outline):
 
 
 def _texture_classes(rng, number):
-    return _distinct(rng, number, 4, 6, 4, 6)                      # wavelength and angle of two gratings
+    gratings = [(wavelength, angle) for wavelength in range(4) for angle in range(6)]
+    pairs = [(*one, *other) for i, one in enumerate(gratings) for other in gratings[:i]]
+    return [pairs[i] for i in rng.permutation(len(pairs))[:number]]
 
 
 def _draw_texture(rng, look):
@@ -427,15 +429,20 @@ def _draw_layout(rng, cells):
 
 
 def _count_classes(rng, number):
-    return [(a + 1, b) for a, b in _distinct(rng, number, 6, 7)]               # discs, triangles
+    return [(discs + 1, bars) for discs, bars in _distinct(rng, number, 6, 6)]
 
 
 def _draw_count(rng, look):
-    discs, triangles = look
+    discs, bars = look
     image, pen, value = _background(rng)
     one = _colour(rng, value=value) if rng.random() < 0.5 else None
-    for i, place in enumerate(_places(rng, discs + triangles, 26)):
-        _mark(pen, 2 if i < discs else 3, place, rng.uniform(7, 10), one or _colour(rng, value=value), rng.uniform(0, 360))
+    for i, (x, y) in enumerate(_places(rng, discs + bars, 28)):
+        colour, angle, half = one or _colour(rng, value=value), rng.uniform(0, np.pi), rng.uniform(12, 15)
+        if i < discs:
+            _mark(pen, 2, (x, y), rng.uniform(8, 10), colour)
+        else:
+            dx, dy = half * np.cos(angle), half * np.sin(angle)
+            pen.line((x - dx, y - dy, x + dx, y + dy), fill=colour, width=6)
     return image
 
 
@@ -464,10 +471,10 @@ def _symbol_classes(rng, number):
 
 def _draw_symbol(rng, strokes):
     image, pen, value = _background(rng)
-    size, centre, slant = rng.uniform(24, 36), rng.uniform(54, 74, 2), rng.normal(0, 0.15)
+    size, centre, slant = rng.uniform(24, 36), rng.uniform(54, 74, 2), rng.normal(0, 0.1)
     colour, width = _colour(rng, value=value), int(rng.integers(4, 10))
     for stroke in strokes:
-        dots = np.stack([stroke % 3 - 1, stroke // 3 - 1], 1) + rng.normal(0, 0.1, (len(stroke), 2))
+        dots = np.stack([stroke % 3 - 1, stroke // 3 - 1], 1) + rng.normal(0, 0.07, (len(stroke), 2))
         dots[:, 0] += slant * dots[:, 1]
         pen.line([tuple(p) for p in (centre + size * dots).tolist()], fill=colour, width=width, joint="curve")
     return image
@@ -496,14 +503,14 @@ def _draw_face(rng, look):
 
 
 PROCEDURAL = {                      # classes, renderer, number of train / val / test classes, images of a train class: most, least
-    "colour": (_colour_classes, _draw_colour, (40, 8, 20), (16, 16)),
-    "count": (_count_classes, _draw_count, (24, 5, 10), (30, 30)),
-    "faces": (_face_classes, _draw_face, (80, 8, 20), (12, 12)),
-    "layout": (_layout_classes, _draw_layout, (100, 8, 20), (10, 10)),
-    "orientation": (_orientation_classes, _draw_orientation, (36, 8, 16), (24, 24)),
-    "shape": (_shape_classes, _draw_shape, (60, 8, 20), (16, 16)),
-    "symbols": (_symbol_classes, _draw_symbol, (160, 8, 20), (60, 3)),         # the long tail: image counts fall as 1 / rank
-    "texture": (_texture_classes, _draw_texture, (60, 8, 20), (16, 16)),
+    "colour": (_colour_classes, _draw_colour, (84, 8, 20), (10, 10)),
+    "count": (_count_classes, _draw_count, (22, 4, 10), (30, 30)),
+    "faces": (_face_classes, _draw_face, (100, 8, 20), (10, 10)),
+    "layout": (_layout_classes, _draw_layout, (120, 8, 20), (8, 8)),
+    "orientation": (_orientation_classes, _draw_orientation, (40, 6, 16), (20, 20)),
+    "shape": (_shape_classes, _draw_shape, (120, 8, 20), (8, 8)),
+    "symbols": (_symbol_classes, _draw_symbol, (200, 8, 20), (60, 3)),         # the long tail: image counts fall as 1 / rank
+    "texture": (_texture_classes, _draw_texture, (100, 8, 20), (10, 10)),
 }
 TEST_IMAGES = 8                     # of a val or test class
 

@@ -30,6 +30,7 @@ SHAPES = (                                          # Q, G, D, k
     (13, 57, 16, 5),
 )
 PROPERTY = settings(deadline=None, max_examples=100)
+SEVERAL_SEARCHES = settings(deadline=None, max_examples=30)        # an example costs as much as five of the others
 
 
 @contextmanager
@@ -254,7 +255,7 @@ def test_closed_form_with_negative_cosines():
 # What must change nothing --------------------------------------------------------------------------------------------------
 
 
-@PROPERTY
+@SEVERAL_SEARCHES
 @given(st.integers(0, 2**32), st.sampled_from(BLOCKS), st.sampled_from(BLOCKS), st.integers(1, 39))
 def test_block_sizes_change_nothing(seed, one, other, k):
     queries, index = random_search(seed, 7, 40, 8)
@@ -267,7 +268,7 @@ def test_block_sizes_change_nothing(seed, one, other, k):
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
-@PROPERTY
+@SEVERAL_SEARCHES
 @given(st.integers(0, 2**32), st.lists(st.integers(0, 8), max_size=3))
 def test_batching_of_queries_changes_nothing(seed, cuts):
     queries, index = random_search(seed, 8, 21, 5)
@@ -279,7 +280,7 @@ def test_batching_of_queries_changes_nothing(seed, cuts):
     assert torch.equal(torch.cat([r for _, r in found]), rows)
 
 
-@PROPERTY
+@SEVERAL_SEARCHES
 @given(st.integers(0, 2**32), st.permutations(range(25)), st.sampled_from(BLOCKS))
 def test_permuting_the_index_permutes_the_rows(seed, order, sizes):
     queries, index = random_search(seed, 6, 25, 9)                         # without ties, whose order is that of the rows
@@ -304,10 +305,11 @@ def test_non_contiguous_inputs():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inputs_are_not_modified(dtype):
     """float64 needs no conversion, so there nothing else makes a copy."""
-    given_ = *random_search(10, 5, 20, 4, dtype), torch.tensor([0, -1, 5, 19, -1])
-    before = [tensor.clone() for tensor in given_]
-    cosine_topk(*given_[:2], 7, exclude=given_[2])
-    for tensor, copy in zip(given_, before):
+    queries, index = random_search(10, 5, 20, 4, dtype)
+    exclude = torch.tensor([0, -1, 5, 19, -1])
+    before = [tensor.clone() for tensor in (queries, index, exclude)]
+    cosine_topk(queries, index, 7, exclude=exclude)
+    for tensor, copy in zip((queries, index, exclude), before):
         assert torch.equal(tensor, copy)
 
 
@@ -349,7 +351,7 @@ class Largest(TorchDispatchMode):
     (60, 90, 4, 3, (10, 40)),
     (400, 30, 2, 5, (20, 10)),
     (20, 900, 2, 5, (10, 200)),
-    (1500, 3000, 2, 2, None),                       # the real blocks, fewer than the whole of it
+    (1500, 3000, 2, 2, None),                       # the blocks of the module itself
 ), ids=str)
 def test_memory_is_one_block_and_never_all_scores(q, g, d, k, sizes):
     queries, index = random_search(13, q, g, d)

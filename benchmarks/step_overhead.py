@@ -1,0 +1,93 @@
+"""What UDON's extra heads and losses cost: a training step of `udon` against one of `usc`, same backbone and batch.
+
+    python benchmarks/step_overhead.py                 # writes results/step_overhead.json
+
+Both run in one process, step by step in turn, so that a change of the machine's speed meets both; the ratio is taken pair by
+pair. A step is all of udon.training_step but the loading of images: normalisation, forward, losses, backward, AdamW, sampler.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import udon  # noqa: E402
+from sampler import DomainSampler  # noqa: E402
+
+CLASSES = {f"domain{i}": count for i, count in enumerate((61, 118, 60, 49, 185, 973, 145, 59))}      # as in eight real domains
+
+
+def machine(device):
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), name)
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} processors, torch {torch.__version__}"
+
+
+def steps(method, options):
+    """Yields the seconds of one training step after another."""
+    config = udon.resolve(udon.Config(method=method, model=options.model, image_size=options.image_size, batch_size=options.batch_size,
+                                      device=options.device))
+    model, _, preprocessing = udon.build_model(config, CLASSES)
+    model.to(options.device).train()
+    run = udon.Run(10**6, 1000, 0, {domain: (domain, 0) for domain in CLASSES}, preprocessing, options.device)
+    optimizer, sampler = udon.build_optimizer(model, config), DomainSampler(CLASSES, period=len(CLASSES))
+
+    def batches():
+        while True:
+            domain = sampler.draw()
+            yield (domain, torch.randint(0, 256, (options.batch_size, 3, options.image_size, options.image_size), dtype=torch.uint8),
+                   torch.randint(0, CLASSES[domain], (options.batch_size,)))
+
+    stream, step = batches(), 0
+    while True:
+        started = time.perf_counter()
+        waited = udon.training_step(step, model, stream, sampler, optimizer, config, run)[2]
+        if options.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        yield time.perf_counter() - started - waited
+        step += 1
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="s16")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--device", default=udon.evaluate.default_device())
+    parser.add_argument("--out", default=str(ROOT / "results" / "step_overhead.json"))
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    ours, theirs = steps("udon", options), steps("usc", options)
+    for _ in range(3):
+        next(ours), next(theirs)
+    pairs = []
+    for i in range(options.pairs):                                           # who goes first changes from pair to pair
+        order = (ours, theirs) if i % 2 == 0 else (theirs, ours)
+        taken = [next(order[0]), next(order[1])]
+        pairs.append(taken if i % 2 == 0 else taken[::-1])
+    ratio = statistics.median(a / b for a, b in pairs)
+    result = {"command": f"python benchmarks/step_overhead.py --model {options.model} --image-size {options.image_size} "
+                         f"--batch-size {options.batch_size} --pairs {options.pairs}",
+              "machine": machine(options.device), "date": time.strftime("%Y-%m-%d"), "ratio_udon_to_usc": round(ratio, 4),
+              "udon_ms": round(1e3 * statistics.median(a for a, _ in pairs), 1),
+              "usc_ms": round(1e3 * statistics.median(b for _, b in pairs), 1),
+              "ratios": [round(a / b, 4) for a, b in pairs]}
+    Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(f"udon {result['udon_ms']} ms, usc {result['usc_ms']} ms a step, ratio {ratio:.3f} (median of {len(pairs)} pairs); {result['machine']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The command lines as a user types them: both commands end to end, and what they say and return to mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import udon
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--image-size", "32", "--batch-size", "4", "--steps", "6", "--period", "8", "--device", "cpu"]
+
+
+def run(*arguments, cwd=ROOT):
+    """A process of its own: exit status, stdout, stderr."""
+    finished = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+                              env={**os.environ, "PYTHONWARNINGS": "error::DeprecationWarning:__main__"})
+    return finished.returncode, finished.stdout, finished.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(uned, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "run"
+    status, stdout, stderr = run("udon.py", "train", "--data", uned, "--out", out, *QUICK)
+    assert (status, stderr) == (0, ""), stderr
+    return out, stdout
+
+
+def test_training_ends_with_the_table(trained):
+    out, stdout = trained
+    lines = stdout.strip().splitlines()
+    mean = next(line for line in lines if line.startswith("mean "))
+    result = json.loads((out / "test.json").read_text())
+    shown = [result["mean"]["recall_at_1"], result["mean"]["mmp_at_5"],
+             result["untrained"]["mean"]["recall_at_1"], result["untrained"]["mean"]["mmp_at_5"]]
+    assert mean.split()[1:] == [f"{100 * x:.2f}" for x in shown]
+    assert "R@1: the nearest neighbour" in stdout and lines[-1].startswith("the same again: python evaluate.py")
+
+
+def test_evaluation_reproduces_the_table_to_the_last_digit(trained, uned, tmp_path):
+    out, stdout = trained
+    status, again, stderr = run("evaluate.py", out / "best.pt", "--data", uned, "--json", tmp_path / "out.json")
+    assert (status, stderr) == (0, ""), stderr
+    ours, runs = json.loads((tmp_path / "out.json").read_text()), json.loads((out / "test.json").read_text())
+    assert (ours["mean"], ours["domains"]) == (runs["mean"], runs["domains"])
+    assert (ours["split"], ours["index"], ours["embedding"], ours["step"]) == ("test", "merged", "student", runs["step"])
+    for line in again.splitlines():
+        if line.startswith(("birds", "cars", "mean")):
+            assert any(other.startswith(line) for other in stdout.splitlines()), line
+
+
+def test_evaluation_needs_the_checkpoint_alone(trained, uned, tmp_path):
+    """Moved to another folder, without its run; the data folder is in the checkpoint."""
+    copy = tmp_path / "model.pt"
+    copy.write_bytes((trained[0] / "best.pt").read_bytes())
+    status, stdout, _ = run(ROOT / "evaluate.py", copy, cwd=tmp_path)
+    assert status == 0 and str(uned) in stdout
+
+
+@pytest.mark.parametrize("embedding, index", [("student", "separate"), ("teacher", None), ("teacher", "separate"), ("backbone", "merged")])
+def test_embeddings_and_indexes(trained, uned, tmp_path, capsys, embedding, index):
+    evaluate.main([str(trained[0] / "last.pt"), "--data", str(uned), "--embedding", embedding, "--json", str(tmp_path / "o.json"),
+                   "--split", "val", "--device", "cpu", *(["--index", index] if index else [])])
+    result = json.loads((tmp_path / "o.json").read_text())
+    assert result["index"] == (index or "separate") and result["embedding"] == embedding and result["split"] == "val"
+    assert result["domains"]["cars"]["queries"] == result["domains"]["cars"]["index"] == 20
+    assert embedding in capsys.readouterr().out
+
+
+def test_class_folders_are_trained_on(class_folders, tmp_path, capsys):
+    udon.main(["train", "--data", str(class_folders), "--out", str(tmp_path / "run"), *QUICK])
+    assert set(json.loads((tmp_path / "run" / "test.json").read_text())["domains"]) == {"plants", "tools"}
+
+
+def test_without_data_the_procedural_domains_are_trained_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)                                # the default --out is a folder of its own below runs/
+    udon.main(["train", *QUICK[:4], "--steps", "1"])
+    (out,) = (tmp_path / "runs").iterdir()
+    assert len(json.loads((out / "test.json").read_text())["domains"]) == 8
+    evaluate.main([str(out / "best.pt"), "--device", "cpu"])
+    assert "the procedural domains" in capsys.readouterr().out
+
+
+def test_a_finished_run_can_be_resumed(trained, uned, capsys):
+    before = (trained[0] / "test.json").read_text()
+    udon.main(["train", "--out", str(trained[0]), "--resume"])
+    assert (trained[0] / "test.json").read_text() == before
+
+
+def test_help_lists_every_option():
+    status, stdout, _ = run("udon.py", "train", "--help")
+    assert status == 0 and all(udon.flag(name) in stdout for name in udon.Config.__dataclass_fields__)
+    assert "(default: 0.001)" in stdout and "paper: 1000" in stdout
+    assert run("evaluate.py", "--help")[0] == 0
+
+
+# Mistakes: one sentence on stderr that names the value, exit status 2, nothing written ----------------------------------------
+
+
+def fails(capsys, main, arguments, *named):
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    sentence = captured.err.strip()
+    assert stop.value.code == 2, (stop.value.code, sentence)
+    assert "\n" not in sentence and "Traceback" not in sentence, sentence
+    assert all(str(name) in sentence for name in named), f"{named} not in: {sentence}"
+
+
+TRAIN_MISTAKES = {
+    "no command": ([], "command"),
+    "unknown command": (["trian"], "trian"),
+    "unknown option": (["train", "--learning-rate", "1"], "--learning-rate"),
+    "a word for a number": (["train", "--steps", "many"], "many"),
+    "no steps": (["train", "--steps", "0"], "--steps is 0"),
+    "negative steps": (["train", "--steps", "-4"], "--steps is -4"),
+    "no batch": (["train", "--batch-size", "0"], "--batch-size is 0"),
+    "no epochs": (["train", "--epochs", "0"], "--epochs is 0"),
+    "a rate that is no number": (["train", "--head-lr", "nan"], "--head-lr is nan"),
+    "negative seed": (["train", "--seed", "-1"], "--seed is -1"),
+    "negative weight": (["train", "--weights", "1", "1", "-1", "1"], "--weights are"),
+    "three weights": (["train", "--weights", "1", "1", "1"], "--weights"),
+    "no weight": (["train", "--weights", "0", "0", "0", "0"], "--weights are"),
+    "unknown method": (["train", "--method", "kd"], "kd"),
+    "unknown model": (["train", "--model", "b/16"], "b/16"),
+    "unknown sampler": (["train", "--sampler", "random"], "random"),
+    "margin without need": (["train", "--margin", "0.2"], "--margin is 0.2"),
+    "margin missing": (["train", "--classification", "arcface"], "--margin is 0.0"),
+    "period below the domains": (["train", "--period", "7"], "period 7"),
+    "image size": (["train", "--image-size", "50"], "50"),
+    "unknown device": (["train", "--device", "abacus"], "abacus"),
+    "missing data": (["train", "--data", "no/such/folder"], "no/such/folder"),
+    "missing weights": (["train", "--init", "no.npz", "--model", "s16"], "no.npz"),
+    "resume without a folder": (["train", "--resume"], "--out"),
+    "resume of nothing": (["train", "--resume", "--out", "nothing"], "nothing"),
+}
+
+
+@pytest.mark.parametrize("name", TRAIN_MISTAKES)
+def test_mistakes_in_training(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    arguments, named = TRAIN_MISTAKES[name]
+    fails(capsys, udon.main, arguments, named)
+    assert not list(tmp_path.iterdir()), "something was written"
+
+
+def test_mistakes_about_the_run_folder(trained, uned, tmp_path, capsys):
+    out = trained[0]
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    fails(capsys, udon.main, ["train", "--data", uned, "--out", out], out, "--resume")
+    fails(capsys, udon.main, ["train", "--out", out, "--resume", "--seed", "3"], "--seed is 3")
+    fails(capsys, udon.main, ["train", "--out", out, "--resume", "--steps", "2"], "--steps is 2")
+    fails(capsys, udon.main, ["train", "--out", out, "--resume", "--data", "elsewhere"], "elsewhere")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    (tmp_path / "file").write_text("x")
+    fails(capsys, udon.main, ["train", "--out", tmp_path / "file"], "file")
+
+
+def test_resuming_on_other_data(trained, class_folders, capsys):
+    fails(capsys, udon.main, ["train", "--out", trained[0], "--resume", "--data", class_folders], class_folders)
+
+
+def test_steps_of_a_cosine_schedule_cannot_change(uned, tmp_path, capsys):
+    out = tmp_path / "run"
+    udon.main(["train", "--data", str(uned), "--out", str(out), *QUICK, "--schedule", "cosine"])
+    capsys.readouterr()
+    fails(capsys, udon.main, ["train", "--out", out, "--resume", "--steps", "12"], "--steps is 12")
+
+
+def test_a_damaged_checkpoint(trained, uned, tmp_path, capsys):
+    best = (trained[0] / "best.pt").read_bytes()
+    for name, contents in {"empty.pt": b"", "half.pt": best[:len(best) // 2], "text.pt": b"not a checkpoint"}.items():
+        (tmp_path / name).write_bytes(contents)
+        fails(capsys, evaluate.main, [tmp_path / name, "--data", uned], name)
+    torch.save({"model": 1}, tmp_path / "other.pt")
+    fails(capsys, evaluate.main, [tmp_path / "other.pt"], "other.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    fails(capsys, evaluate.main, [tmp_path / "tensor.pt"], "tensor.pt")
+    fails(capsys, evaluate.main, [tmp_path / "missing.pt"], "missing.pt")
+
+
+def test_mistakes_in_evaluation(trained, uned, class_folders, tmp_path, capsys):
+    best = trained[0] / "best.pt"
+    fails(capsys, evaluate.main, [], "checkpoint")
+    fails(capsys, evaluate.main, [best, "--split", "train"], "train")
+    fails(capsys, evaluate.main, [best, "--data", "no/such/folder"], "no/such/folder")
+    fails(capsys, evaluate.main, [best, "--data", uned, "--embedding", "teacher", "--index", "merged"], "separate")
+    fails(capsys, evaluate.main, [best, "--data", class_folders, "--embedding", "teacher"], "plants")
+    fails(capsys, evaluate.main, [best, "--data", uned, "--json", tmp_path / "no" / "out.json"], "out.json")
+    fails(capsys, evaluate.main, [best, "--data", uned, "--device", "abacus"], "abacus")
+
+
+def test_a_truncated_image_stops_before_anything_is_written(tmp_path, capsys):
+    from conftest import write_uned
+    root = write_uned(tmp_path / "data")
+    image = root / "images" / "birds" / "train" / "2_1.png"
+    image.write_bytes(image.read_bytes()[:200])
+    fails(capsys, udon.main, ["train", "--data", root, "--out", tmp_path / "run", *QUICK], "2_1.png")
+    assert not (tmp_path / "run").exists()
