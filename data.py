@@ -192,7 +192,7 @@ def normalise(images, mean, std):
 
 
 def _decoded(split, prepare):
-    """All images of a split after `prepare`: (N, H, W, 3) uint8. Pillow frees the interpreter while it decodes: threads."""
+    """All images of a split after `prepare`: (N, 3, H, W) uint8. Pillow frees the interpreter while it decodes: threads."""
     first = prepare(split.image(0))
     pixels = np.empty((len(split), *first.shape), dtype=np.uint8)
 
@@ -218,7 +218,7 @@ class TrainBatches(Dataset):
         self.pixels = {d: _decoded(s, self._prepare) for d, s in splits.items()} if self.in_memory else None
 
     def _prepare(self, image):
-        return prepare_train(image, self.size, self.antialias)
+        return prepare_train(image, self.size, self.antialias).transpose(2, 0, 1)                # (3, R, R)
 
     def __getitem__(self, key):
         step, domain = key
@@ -227,12 +227,12 @@ class TrainBatches(Dataset):
         rows = rng.choice(len(split), batch, replace=len(split) < batch)
         corners = rng.integers(0, train_side(size) - size + 1, (batch, 2))
         flips = rng.random(batch) < 0.5
-        images = np.empty((batch, size, size, 3), dtype=np.uint8)
+        images = np.empty((batch, 3, size, size), dtype=np.uint8)
         for position, (row, (top, left), flip) in enumerate(zip(rows, corners, flips)):
             whole = self.pixels[domain][row] if self.in_memory else self._prepare(split.image(row))
-            crop = whole[top:top + size, left:left + size]
-            images[position] = crop[:, ::-1] if flip else crop
-        return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(split.classes[rows])
+            crop = whole[:, top:top + size, left:left + size]
+            images[position] = crop[:, :, ::-1] if flip else crop
+        return torch.from_numpy(images), torch.from_numpy(split.classes[rows])
 
 
 class TestImages(Dataset):
@@ -246,14 +246,14 @@ class TestImages(Dataset):
         self.pixels = _decoded(split, self._prepare) if keep and fits else None
 
     def _prepare(self, image):
-        return prepare_test(image, self.size, self.antialias)
+        return prepare_test(image, self.size, self.antialias).transpose(2, 0, 1)                 # (3, size, size)
 
     def __len__(self):
         return len(self.split)
 
     def __getitem__(self, i):
         pixels = self._prepare(self.split.image(i)) if self.pixels is None else self.pixels[i]
-        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(pixels))
 
 
 def stream(batches, sampler, start, stop, workers):
@@ -297,12 +297,12 @@ def _colour(rng, hue=None, saturation=(0.45, 1.0), value=(0.45, 1.0)):
 
 
 def _background(rng):
-    """A canvas of a pale or dark colour that runs into another, and a pen for it."""
+    """A dark or pale canvas, a little lighter on one side, a pen for it, and the range of values that stand out on it."""
     dark = rng.random() < 0.5
-    corners = [_colour(rng, saturation=(0.0, 0.5), value=(0.0, 0.3) if dark else (0.75, 1.0)) for _ in range(4)]
-    image = Image.fromarray(np.array(corners, dtype=np.uint8).reshape(2, 2, 3)).resize((2 * CANVAS, 2 * CANVAS),
-                                                                                     Image.Resampling.BILINEAR)
-    return image, ImageDraw.Draw(image), (0.55, 1.0) if dark else (0.25, 0.7)      # range of values that stand out on it
+    one, other = (_colour(rng, saturation=(0.0, 0.3), value=(0.0, 0.2) if dark else (0.85, 1.0)) for _ in range(2))
+    corners = np.array([one, one, other, other] if rng.random() < 0.5 else [one, other, one, other], dtype=np.uint8)
+    image = Image.fromarray(corners.reshape(2, 2, 3)).resize((2 * CANVAS, 2 * CANVAS), Image.Resampling.BILINEAR)
+    return image, ImageDraw.Draw(image), (0.6, 1.0) if dark else (0.2, 0.65)
 
 
 def _outline(rng, roughness=0.25):
@@ -346,21 +346,19 @@ def _distinct(rng, number, *levels):
 
 
 def _colour_classes(rng, number):
-    return _distinct(rng, number, 8, 8, 2)                         # hue of the body, of its spots, body pale or full
+    return _distinct(rng, number, 5, 5, 5)                         # hue of the ground, of the body, of its spots
 
 
 def _draw_colour(rng, look):
-    body, spots, pale = look
+    ground, body, spots = (level / 5 + rng.normal(0, 0.015) for level in look)
     image, pen, _ = _background(rng)
-    centre, radius = rng.uniform(52, 76, 2), rng.uniform(32, 44)
-    hue = body / 8 + rng.normal(0, 0.012)
-    pen.polygon(_polygon(_outline(rng), centre, radius), fill=_colour(rng, hue, *(((0.3, 0.4), (0.85, 0.95)) if pale else
-                                                                                  ((0.85, 1.0), (0.6, 0.75)))))
+    pen.rectangle((0, 0, *image.size), fill=_colour(rng, ground, (0.3, 0.45), (0.8, 0.95)))
+    centre = rng.uniform(54, 74, 2)
+    pen.polygon(_polygon(_outline(rng), centre, rng.uniform(36, 46)), fill=_colour(rng, body, (0.85, 1.0), (0.5, 0.65)))
     kind = rng.integers(2, 6)
-    for place in _places(rng, rng.integers(3, 7), 20, 30):
+    for place in _places(rng, rng.integers(2, 6), 36, 34):
         inside = centre + (place - 64) * 0.7
-        _mark(pen, kind, inside, rng.uniform(6, 9), _colour(rng, spots / 8 + rng.normal(0, 0.012), (0.8, 1.0), (0.85, 1.0)),
-              rng.uniform(0, 360))
+        _mark(pen, kind, inside, rng.uniform(9, 13), _colour(rng, spots, (0.85, 1.0), (0.9, 1.0)), rng.uniform(0, 360))
     return image
 
 
@@ -372,9 +370,9 @@ def _draw_shape(rng, outline):
     image, pen, value = _background(rng)
     radius = rng.uniform(30, 42)
     centre = rng.uniform(54, 74, 2)
-    points = _polygon(outline, centre, radius, rng.normal(0, 0.1), rng.uniform(0.92, 1.08))
+    points = _polygon(outline, centre, radius, rng.normal(0, 0.08), rng.uniform(0.94, 1.06))
     pen.polygon(points, fill=_colour(rng, value=value))
-    if rng.random() < 0.5:                                         # filled with stripes of another colour
+    if rng.random() < 0.3:                                         # filled with stripes of another colour
         stripes, mask = image.copy(), Image.new("L", image.size)
         ImageDraw.Draw(mask).polygon(points, fill=255)
         pen, colour, gap, slope = ImageDraw.Draw(stripes), _colour(rng, value=value), rng.uniform(10, 20), rng.normal(0, 60)
@@ -385,7 +383,7 @@ def _draw_shape(rng, outline):
 
 
 def _texture_classes(rng, number):
-    gratings = [(wavelength, angle) for wavelength in range(4) for angle in range(6)]
+    gratings = [(wavelength, angle) for wavelength in range(3) for angle in range(4)]
     pairs = [(*one, *other) for i, one in enumerate(gratings) for other in gratings[:i]]
     return [pairs[i] for i in rng.permutation(len(pairs))[:number]]
 
@@ -396,8 +394,8 @@ def _draw_texture(rng, look):
         x = -x
     field = np.zeros_like(x)
     for wavelength, angle in (look[:2], look[2:]):
-        cycles = 3.0 * 1.5 ** (wavelength + rng.normal(0, 0.1))
-        theta = np.pi / 2 * (angle / 5) + rng.normal(0, 0.04)
+        cycles = 3.0 * 1.7 ** (wavelength + rng.normal(0, 0.07))
+        theta = np.pi / 2 * (angle / 3) + rng.normal(0, 0.04)
         field += np.sin(2 * np.pi * cycles * (x * np.cos(theta) + y * np.sin(theta)) + rng.uniform(0, 2 * np.pi))
     blend = (1 / (1 + np.exp(-2.5 * field)))[..., None]
     low, high = _colour(rng, value=(0.1, 0.5)), _colour(rng, value=(0.6, 1.0))
@@ -420,7 +418,7 @@ def _layout_classes(rng, number):
 
 def _draw_layout(rng, cells):
     image, pen, value = _background(rng)
-    shift, kind, colour = rng.uniform(-5, 5, 2), rng.integers(2, 6), _colour(rng, value=value)
+    shift, kind, colour = rng.uniform(-5, 5, 2), rng.integers(3, 6), _colour(rng, value=value)
     for cell in cells:
         place = (np.array([cell % 4, cell // 4]) * 28 + 22) + shift + rng.normal(0, 2, 2)
         _mark(pen, kind, place, rng.uniform(8, 12), colour if rng.random() < 0.5 else _colour(rng, value=value),
@@ -429,20 +427,25 @@ def _draw_layout(rng, cells):
 
 
 def _count_classes(rng, number):
-    return [(discs + 1, bars) for discs, bars in _distinct(rng, number, 6, 6)]
+    return [look for look in _distinct(rng, number + 1, 3, 3, 3, 3) if any(look)][:number]       # discs, bars, rings, crosses
 
 
 def _draw_count(rng, look):
-    discs, bars = look
     image, pen, value = _background(rng)
     one = _colour(rng, value=value) if rng.random() < 0.5 else None
-    for i, (x, y) in enumerate(_places(rng, discs + bars, 28)):
-        colour, angle, half = one or _colour(rng, value=value), rng.uniform(0, np.pi), rng.uniform(12, 15)
-        if i < discs:
-            _mark(pen, 2, (x, y), rng.uniform(8, 10), colour)
-        else:
+    places = iter(_places(rng, sum(look), 32))
+    for kind, number in enumerate(look):
+        for x, y in (next(places) for _ in range(number)):
+            colour, angle, half = one or _colour(rng, value=value), rng.uniform(0, np.pi), rng.uniform(13, 16)
             dx, dy = half * np.cos(angle), half * np.sin(angle)
-            pen.line((x - dx, y - dy, x + dx, y + dy), fill=colour, width=6)
+            if kind == 0:
+                _mark(pen, 2, (x, y), rng.uniform(9, 11), colour)
+            elif kind == 2:
+                pen.ellipse((x - half, y - half, x + half, y + half), outline=colour, width=4)
+            else:
+                pen.line((x - dx, y - dy, x + dx, y + dy), fill=colour, width=6)
+                if kind == 3:
+                    pen.line((x - dy, y + dx, x + dy, y - dx), fill=colour, width=6)
     return image
 
 
@@ -455,8 +458,8 @@ def _draw_orientation(rng, look):
     mirror = rng.choice([-1, 1])
     places = _places(rng, 2, 44, 40)
     for bar, (level, place) in enumerate(zip(look, places)):
-        theta = np.pi / 2 * level / 7 + rng.normal(0, 0.035)
-        along = np.array([mirror * np.cos(theta), np.sin(theta)]) * rng.uniform(24, 34)
+        theta = np.pi / 2 * level / 7 + rng.normal(0, 0.02)
+        along = np.array([mirror * np.cos(theta), np.sin(theta)]) * rng.uniform(28, 36)
         across = np.array([-along[1], along[0]]) / np.hypot(*along) * 7
         colour = _colour(rng, value=value)
         for offset in ((0,) if bar == 0 else (-1, 1)):
@@ -503,14 +506,14 @@ def _draw_face(rng, look):
 
 
 PROCEDURAL = {                      # classes, renderer, number of train / val / test classes, images of a train class: most, least
-    "colour": (_colour_classes, _draw_colour, (84, 8, 20), (10, 10)),
-    "count": (_count_classes, _draw_count, (22, 4, 10), (30, 30)),
-    "faces": (_face_classes, _draw_face, (100, 8, 20), (10, 10)),
-    "layout": (_layout_classes, _draw_layout, (120, 8, 20), (8, 8)),
-    "orientation": (_orientation_classes, _draw_orientation, (40, 6, 16), (20, 20)),
-    "shape": (_shape_classes, _draw_shape, (120, 8, 20), (8, 8)),
-    "symbols": (_symbol_classes, _draw_symbol, (200, 8, 20), (60, 3)),         # the long tail: image counts fall as 1 / rank
-    "texture": (_texture_classes, _draw_texture, (100, 8, 20), (10, 10)),
+    "colour": (_colour_classes, _draw_colour, (90, 8, 20), (16, 16)),
+    "count": (_count_classes, _draw_count, (56, 6, 18), (24, 24)),
+    "faces": (_face_classes, _draw_face, (100, 8, 20), (12, 12)),
+    "layout": (_layout_classes, _draw_layout, (120, 8, 20), (10, 10)),
+    "orientation": (_orientation_classes, _draw_orientation, (40, 6, 16), (30, 30)),
+    "shape": (_shape_classes, _draw_shape, (120, 8, 20), (12, 12)),
+    "symbols": (_symbol_classes, _draw_symbol, (200, 8, 20), (60, 4)),         # the long tail: image counts fall as 1 / rank
+    "texture": (_texture_classes, _draw_texture, (42, 6, 18), (32, 32)),
 }
 TEST_IMAGES = 8                     # of a val or test class
 

@@ -61,7 +61,15 @@ def retrieval_metrics(queries, index, *, exclude=None, k=5):
                              f"{k}: the three must be equally many, and k at least 1")
     if not len(vectors[0]):
         raise ValueError("there are no queries: give at least one")
-    exclude = torch.full((len(vectors[0]),), -1) if exclude is None else torch.as_tensor(exclude).long().cpu()
+    exclude = torch.full((len(vectors[0]),), -1) if exclude is None else torch.as_tensor(exclude).cpu()
+    if exclude.shape != vectors[0].shape[:1] or exclude.is_floating_point() or exclude.dtype == torch.bool:
+        raise ValueError(f"exclude is {tuple(exclude.shape)} {exclude.dtype}: it must hold one integer for each of the "
+                         f"{len(vectors[0])} queries")
+    exclude = exclude.long()
+    outside = (exclude < -1) | (exclude >= len(vectors[1]))
+    if outside.any():
+        raise ValueError(f"exclude holds {int(exclude[outside][0])}: it must hold rows of the index, of which there are "
+                         f"{len(vectors[1])}, or -1")
 
     neighbours = torch.full((len(vectors[0]), k), -1, dtype=torch.int64)
     for group, left in ((exclude < 0, len(vectors[1])), (exclude >= 0, len(vectors[1]) - 1)):     # what is left to a query
@@ -85,10 +93,10 @@ def retrieval_metrics(queries, index, *, exclude=None, k=5):
 
 def _label_ids(embeddings, numbers):
     """(N, L) int64: a number for each (domain, label) of each image, padded with -1. `numbers` gives them out."""
-    several = [sorted(set(label)) if np.ndim(label) else (label,) for label in embeddings.labels]
+    several = [sorted({int(l) for l in label}) if np.ndim(label) else (int(label),) for label in embeddings.labels]
     ids = np.full((len(several), max(map(len, several), default=1)), -1, dtype=np.int64)
     for row, (labels, domain) in enumerate(zip(several, embeddings.domains)):
-        ids[row, :len(labels)] = [numbers.setdefault((domain, int(label)), len(numbers)) for label in labels]
+        ids[row, :len(labels)] = [numbers.setdefault((domain, label), len(numbers)) for label in labels]
     return ids
 
 
@@ -149,6 +157,9 @@ def evaluate(model, sets, preprocessing, *, index="merged", embedding="student")
     embedding  "student", "backbone", or "teacher": each domain by its own teacher, whose spaces cannot be merged
     preprocessing  {"mean": (3), "std": (3)}
     """
+    if index not in ("merged", "separate") or embedding not in ("student", "teacher", "backbone") or (index, embedding) == ("merged", "teacher"):
+        raise ValueError(f"index is {index!r} and embedding {embedding!r}: use merged or separate with student or backbone, or separate "
+                         "with teacher")
     model.eval()
     device = next(model.parameters()).device
     queries, indexes, rows = {}, {}, {}

@@ -2,7 +2,7 @@
 
     classification_loss           cosines (B, C), labels (B,)            -> scalar >= 0
     logit_distillation_loss       cosines (B, C) of student and teacher  -> scalar >= 0, 0 at agreement
-    relational_distillation_loss  embeddings (B, S) and (B, T)           -> scalar in [0, 4 x scale], 0 at agreement
+    relational_distillation_loss  embeddings (B, S) and (B, T)           -> scalar in [0, 2 x scale], 0 at agreement
 
 B batch, C classes of the batch's domain, S student width, T teacher width. "Cosines" are products of unit vectors, in
 [-1, 1]; they become "logits" once multiplied by a scale. Half-precision inputs are computed in float32, also under autocast;
@@ -23,7 +23,8 @@ def classification_loss(cosines, labels, *, scale=16.0, margin=0.0, kind="normfa
     """Cross-entropy of scaled cosines, averaged over the batch.
 
     cosines: (B, C) in [-1, 1].  labels: (B,) int64 in 0..C-1.  margin: cosine units (cosface) or radians (arcface).
-    kind, which changes the true class c alone:  normface cos(c);  cosface cos(c) - margin;  arcface cos(angle(c) + margin).
+    kind, which changes the true class c alone:  normface cos(c);  cosface cos(c) - margin;  arcface cos(angle(c) + margin),
+    which beyond an angle of pi - margin rises again, as published.
     Zero only with one class. Gradient: to `cosines`; always finite, at cosines of exactly -1 and 1 too.
     Raises ValueError for another kind, or a margin with normface, which has none.
     Source: scale 16 and normface are the official setting; normface arXiv:1704.06369, cosface 1801.09414, arcface 1801.07698.
@@ -50,8 +51,11 @@ def logit_distillation_loss(student_cosines, teacher_cosines, *, student_tempera
     """KL(softmax(teacher cosines / 0.1) || softmax(student cosines / 0.1)), averaged over the batch; no T^2 factor.
 
     student_cosines, teacher_cosines: (B, C) in [-1, 1].  Range [0, inf); 0 with zero gradient where the two agree.
-    Gradient: to `student_cosines` only.  Source: paper section 3, official temperatures.
+    Gradient: to `student_cosines` only.  Raises ValueError for shapes that differ.  Source: paper section 3, official temperatures.
     """
+    if student_cosines.shape != teacher_cosines.shape:
+        raise ValueError(f"student cosines are {tuple(student_cosines.shape)}, teacher cosines {tuple(teacher_cosines.shape)}: both must "
+                         "be (B, C) of the same batch and classes")
     student = F.log_softmax(_at_least_float32(student_cosines) / student_temperature, dim=1)              # (B, C)
     teacher = F.log_softmax(_at_least_float32(teacher_cosines).detach() / teacher_temperature, dim=1)     # (B, C)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
@@ -60,10 +64,12 @@ def logit_distillation_loss(student_cosines, teacher_cosines, *, student_tempera
 def relational_distillation_loss(student, teacher, *, scale=32.0):
     """scale x mean, over all B x B pairs, of the squared difference of student and teacher cosine similarities.
 
-    student: (B, S), teacher: (B, T), any row norm (rows are normalised here).  Range [0, 4 x scale]; 0 with zero gradient
+    student: (B, S), teacher: (B, T), any row norm (rows are normalised here).  Range [0, 2 x scale]; 0 with zero gradient
     where the two similarity matrices agree; unchanged by a rotation of either embedding.  Gradient: to `student` only.
-    Source: paper section 3; the official sum works out as scale 32 at its batch of 128.
+    Raises ValueError for batches of different size. Source: paper section 3; the official sum works out as scale 32 at its batch of 128.
     """
+    if len(student) != len(teacher):
+        raise ValueError(f"there are {len(student)} student and {len(teacher)} teacher embeddings: they must be of the same images")
     student = F.normalize(_at_least_float32(student), dim=1)
     teacher = F.normalize(_at_least_float32(teacher).detach(), dim=1)
     with torch.autocast(student.device.type, enabled=False):

@@ -23,7 +23,7 @@ ACTIVATIONS = {
 }
 
 SIZES = {                                                         # S/16, B/16, L/16: arXiv:2010.11929 and 2106.10270
-    "mini": dict(image_size=48, patch_size=16, width=128, depth=3, heads=4, stem="conv"),    # ours: learns from small data
+    "mini": dict(image_size=48, patch_size=16, width=96, depth=2, heads=3, stem="conv"),    # ours: learns from small data
     "s16": dict(image_size=224, patch_size=16, width=384, depth=12, heads=6),
     "b16": dict(image_size=224, patch_size=16, width=768, depth=12, heads=12),
     "l16": dict(image_size=224, patch_size=16, width=1024, depth=24, heads=16),
@@ -142,11 +142,11 @@ class ViT(nn.Module):
         width, stem = self.architecture["width"], self.architecture["stem"]
         if pre_norm and stem != "patch":
             raise ValueError(f"pre_norm goes with stem 'patch', not with stem {stem!r}")
-        device = self.pos_embed.device
+        like = dict(device=self.pos_embed.device, dtype=self.pos_embed.dtype)
         if pre_norm != isinstance(self.norm_pre, nn.LayerNorm):
-            self.norm_pre = nn.LayerNorm(width, device=device) if pre_norm else nn.Identity()
+            self.norm_pre = nn.LayerNorm(width, **like) if pre_norm else nn.Identity()
         if stem == "patch" and pre_norm == (self.patch_embed.proj.bias is not None):
-            self.patch_embed.proj.bias = None if pre_norm else nn.Parameter(torch.zeros(width, device=device))
+            self.patch_embed.proj.bias = None if pre_norm else nn.Parameter(torch.zeros(width, **like))
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = norm_eps
@@ -213,9 +213,9 @@ class UDON(nn.Module):
     def __init__(self, backbone, classes, *, student_dim=64, teacher_dim=256):
         super().__init__()
         for domain, count in classes.items():
-            if "." in domain or hasattr(nn.ModuleDict(), domain) or count < 1:
-                raise ValueError(f"domain {domain!r} with {count} classes: the name must be free of dots and of names such as "
-                                 "'keys' that torch.nn.ModuleDict uses itself, and the number of classes at least 1")
+            if not domain or "." in domain or hasattr(nn.ModuleDict(), domain) or count < 1:
+                raise ValueError(f"domain {domain!r} with {count} classes: the name must have no dot and be none, such as 'keys', that "
+                                 "torch.nn.ModuleDict uses itself, and there must be at least 1 class: rename the domain")
         width = backbone.architecture["width"]
         self.backbone = backbone
         self.student_head = Head(width, student_dim)

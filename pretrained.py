@@ -12,6 +12,7 @@ because getting it wrong is silent.
     CLIP     OpenAI / open_clip, keys `visual.*`             quick_gelu  1e-5   CLIP's
 """
 
+import pickle
 import re
 import warnings
 import zipfile
@@ -46,20 +47,20 @@ def load(vit, path, *, activation=None):
     a size that differs.
     """
     weights = _read(path)
-    heads = None                                             # torch's layouts do not tell their number
-    if "Transformer/encoder_norm/scale" in weights:
+    heads = set()                                            # torch's layouts do not tell their number
+    if any(key.startswith("Transformer/") for key in weights):
         family, preprocessing = ("gelu_tanh", 1e-6, False), HALF
-        weights, heads = _from_augreg(weights)
+        weights, heads = _from_augreg(weights, path)
     elif any(key.startswith("visual.") for key in weights):
         family, preprocessing = ("quick_gelu", 1e-5, True), CLIP
         weights = _from_clip(weights)
         if activation is None and all(value.dtype != torch.float16 for value in weights.values()):      # OpenAI's have halves
             warnings.warn(f"{path} does not tell its activation: taken to be OpenAI's QuickGELU; pass activation='gelu' for "
                           "open_clip's LAION weights", stacklevel=2)
-    elif "patch_embed.proj.weight" in weights:
+    elif any(key.startswith(("patch_embed.", "blocks.")) for key in weights):
         weights = {key: value for key, value in weights.items() if not key.startswith(("head.", "pre_logits."))}
         family, preprocessing = ("gelu", 1e-6, False), HALF
-        if "norm_pre.weight" in weights:
+        if any(key.startswith("norm_pre.") for key in weights):
             family, preprocessing = ("gelu", 1e-5, True), CLIP
             if activation is None:
                 warnings.warn(f"{path} does not tell its activation: taken to be timm's default, GELU; pass "
@@ -93,7 +94,9 @@ def _read(path):
         raise WeightsError(f"{path} needs the package safetensors: pip install safetensors") from None
     except OSError as error:
         raise WeightsError(f"{path} cannot be opened: {error.strerror or error}") from None
-    except Exception as error:
+    except pickle.UnpicklingError:
+        raise WeightsError(f"{path} holds other Python objects than tensors, or is no weight file: save a state dict to it") from None
+    except Exception as error:                             # zip, numpy, torch and safetensors have no error in common
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WeightsError(f"{path} is no weight file that can be read ({reason}): give a .npz, .safetensors, .pt or .pth "
                            "file of weights") from None
@@ -102,7 +105,8 @@ def _read(path):
             content = content[wrapper]
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}: give a file that holds a state dict")
-    return {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    return {key.removeprefix("module."): value for key, value in content.items()
+            if isinstance(key, str) and isinstance(value, torch.Tensor)}
 
 
 def _is_torchscript(path):
@@ -112,39 +116,51 @@ def _is_torchscript(path):
         return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
-def _from_augreg(weights):
-    """AugReg's arrays under timm's names, and the number of attention heads. Kernels are (in, out): torch's are (out, in)."""
-    weights = {key: value for key, value in weights.items() if not key.startswith(("head/", "pre_logits/"))}
-    renamed, heads = {}, None
-    names = {"cls": "cls_token", "Transformer/posembed_input/pos_embedding": "pos_embed",
-             "Transformer/encoder_norm/scale": "norm.weight", "Transformer/encoder_norm/bias": "norm.bias",
-             "embedding/kernel": "patch_embed.proj.weight", "embedding/bias": "patch_embed.proj.bias"}
-    qkv = {}                                                       # {(block, "weight" or "bias"): {"query": ..., ...}}
+_BLOCK = r"Transformer/encoderblock_(\d+)/"
+_ATTENTION = _BLOCK + r"MultiHeadDotProductAttention_[01]/"       # _1, LayerNorm_2, MlpBlock_3; in later versions _0, _1, _0
+_AUGREG = (                                                       # key, timm's name, dimensions, (in, out) -> (out, in)
+    (r"cls", "cls_token", 3, None),
+    (r"Transformer/posembed_input/pos_embedding", "pos_embed", 3, None),
+    (r"embedding/kernel", "patch_embed.proj.weight", 4, lambda x: x.permute(3, 2, 0, 1)),        # HWIO -> OIHW
+    (r"embedding/bias", "patch_embed.proj.bias", 1, None),
+    (r"Transformer/encoder_norm/scale", "norm.weight", 1, None),
+    (r"Transformer/encoder_norm/bias", "norm.bias", 1, None),
+    (_BLOCK + r"LayerNorm_0/scale", r"blocks.\1.norm1.weight", 1, None),
+    (_BLOCK + r"LayerNorm_0/bias", r"blocks.\1.norm1.bias", 1, None),
+    (_BLOCK + r"LayerNorm_[12]/scale", r"blocks.\1.norm2.weight", 1, None),
+    (_BLOCK + r"LayerNorm_[12]/bias", r"blocks.\1.norm2.bias", 1, None),
+    (_ATTENTION + r"(query|key|value)/kernel", r"blocks.\1.attn.\2.weight", 3, lambda x: x.flatten(1).T),
+    (_ATTENTION + r"(query|key|value)/bias", r"blocks.\1.attn.\2.bias", 2, lambda x: x.flatten()),
+    (_ATTENTION + r"out/kernel", r"blocks.\1.attn.proj.weight", 3, lambda x: x.flatten(0, 1).T),
+    (_ATTENTION + r"out/bias", r"blocks.\1.attn.proj.bias", 1, None),
+    (_BLOCK + r"MlpBlock_[03]/Dense_0/kernel", r"blocks.\1.mlp.fc1.weight", 2, lambda x: x.T),
+    (_BLOCK + r"MlpBlock_[03]/Dense_0/bias", r"blocks.\1.mlp.fc1.bias", 1, None),
+    (_BLOCK + r"MlpBlock_[03]/Dense_1/kernel", r"blocks.\1.mlp.fc2.weight", 2, lambda x: x.T),
+    (_BLOCK + r"MlpBlock_[03]/Dense_1/bias", r"blocks.\1.mlp.fc2.bias", 1, None),
+)
+
+
+def _from_augreg(weights, path):
+    """AugReg's arrays under timm's names (any others under their own), and the set of their numbers of attention heads."""
+    renamed, heads = {}, set()
     for key, value in weights.items():
-        kernel = key.endswith("/kernel")
-        leaf = "bias" if key.endswith("/bias") else "weight"
-        inside = re.fullmatch(r"Transformer/encoderblock_(\d+)/(.+)/(?:kernel|bias|scale)", key)
-        if key in names:
-            renamed[names[key]] = value.permute(3, 2, 0, 1) if kernel else value                 # HWIO -> OIHW
-        elif not inside:
-            renamed[key] = value                                                                 # reported as left over
-        else:
-            block, module = f"blocks.{inside[1]}", inside[2]
-            attention = re.fullmatch(r"MultiHeadDotProductAttention_\d+/(query|key|value|out)", module)
-            if attention and attention[1] == "out":
-                renamed[f"{block}.attn.proj.{leaf}"] = value.flatten(0, 1).T if kernel else value
-            elif attention:
-                heads = value.shape[-2]
-                qkv.setdefault((block, leaf), {})[attention[1]] = value.flatten(1).T if kernel else value.flatten()
-            elif module in ("MlpBlock_3/Dense_0", "MlpBlock_0/Dense_0", "MlpBlock_3/Dense_1", "MlpBlock_0/Dense_1"):
-                renamed[f"{block}.mlp.fc{int(module[-1]) + 1}.{leaf}"] = value.T if kernel else value
-            elif re.fullmatch(r"LayerNorm_[012]", module):         # norm2 is LayerNorm_2, in other versions LayerNorm_1
-                renamed[f"{block}.norm{1 if module[-1] == '0' else 2}.{leaf}"] = value
-            else:
-                renamed[key] = value
-    for (block, leaf), parts in qkv.items():
-        if len(parts) == 3:                                        # otherwise attn.qkv is reported as missing
-            renamed[f"{block}.attn.qkv.{leaf}"] = torch.cat([parts["query"], parts["key"], parts["value"]])
+        if key.startswith(("head/", "pre_logits/")):
+            continue
+        name = key
+        for pattern, template, dimensions, transform in _AUGREG:
+            if match := re.fullmatch(pattern, key):
+                if value.ndim != dimensions:
+                    raise WeightsError(f"{path} has {key} of shape {tuple(value.shape)}: {dimensions} dimensions are needed")
+                if key.endswith("query/kernel"):
+                    heads.add(value.shape[1])
+                name, value = match.expand(template), transform(value) if transform else value
+        if name in renamed:
+            raise WeightsError(f"{path} has {key} and another array for {name}: give a file of one version")
+        renamed[name] = value
+    for query in [name for name in renamed if ".attn.query." in name]:
+        parts = [query.replace("query", part) for part in ("query", "key", "value")]
+        if all(part in renamed for part in parts):                # otherwise attn.qkv is reported as missing
+            renamed[query.replace("query", "qkv")] = torch.cat([renamed.pop(part) for part in parts])
     return renamed, heads
 
 
@@ -184,14 +200,14 @@ def _check(vit, weights, heads, family, path):
     if left_over := sorted(weights.keys() - expected.keys()):
         raise WeightsError(f"{path} has {len(left_over)} keys that the backbone does not know ({_some(left_over)}): give a file "
                            "of the backbone's family and depth")
-    if heads not in (None, vit.architecture["heads"]):
-        raise WeightsError(f"{path} has {heads} attention heads, the model {vit.architecture['heads']}: choose the model's size "
-                           "after the file")
+    if heads - {vit.architecture["heads"]}:
+        raise WeightsError(f"{path} has {sorted(heads)} attention heads, the model {vit.architecture['heads']}: choose the model's "
+                           "size after the file")
     table, shape = weights["pos_embed"], expected["pos_embed"]
     if table.ndim == 3 and table.shape[1] != shape[1]:
-        old, new = (round((tokens - 1) ** 0.5) for tokens in (table.shape[1], shape[1]))
-        if old * old != table.shape[1] - 1:
-            raise WeightsError(f"{path} has a position table of {table.shape[1]} rows: 1 + a square number is needed")
+        old, new = (round(max(tokens - 1, 0) ** 0.5) for tokens in (table.shape[1], shape[1]))
+        if old < 1 or old * old != table.shape[1] - 1:
+            raise WeightsError(f"{path} has pos_embed of {table.shape[1]} rows: 1 + a square number is needed")
         weights["pos_embed"] = resize_position_table(table, new)
         warnings.warn(f"position table of {path} resized from {old} x {old} to {new} x {new}", stacklevel=3)
     for key, wanted in expected.items():

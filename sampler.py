@@ -44,9 +44,11 @@ class DomainSampler:
         if self.period < len(self.domains):
             raise ValueError(f"sampler period {period} is shorter than the {len(self.domains)} domains: use at least "
                              f"{len(self.domains)}, so that each domain can be served in each period")
+        if self.period != period or self.seed != seed or self.seed < 0:
+            raise ValueError(f"sampler period is {period} and seed {seed}: both must be integers, the seed 0 or more")
         weights = dict.fromkeys(self.domains, 1.0)
         if strategy == "size":
-            if sizes is None or set(sizes) != set(self.domains) or min(sizes.values()) <= 0:
+            if sizes is None or set(sizes) != set(self.domains) or not all(0 < size < math.inf for size in sizes.values()):
                 raise ValueError(f"sampler strategy 'size' got sizes {sizes}: give a positive number for each of the domains "
                                  f"{list(self.domains)}")
             weights = {domain: float(sizes[domain]) for domain in self.domains}
@@ -75,17 +77,18 @@ class DomainSampler:
         self._counts[domain] += 1
 
     def upcoming(self):
-        """The draws that are already decided: the rest of the period, or between two periods the whole of the next one."""
+        """The draws that are decided: the rest of the period, or between two periods, as far as observed, the next one."""
         position = self._step % self.period
         return self._order_of_period(self.weights) if position == 0 else self._order[position:]
 
     @property
     def weights(self):
         """{domain: probability} that the next draw follows; positive, sum 1."""
-        if self.strategy != "dynamic" or self._step % self.period or not sum(self._sums.values()):
-            return dict(self._weights)
         means = {d: self._sums[d] / self._counts[d] for d in self.domains if self._counts[d]}
         total = sum(means.values())
+        between_periods = self._step and self._step % self.period == 0
+        if self.strategy != "dynamic" or not between_periods or not 0 < total < math.inf:
+            return dict(self._weights)
         return self._with_floor({d: means[d] / total if d in means else self._weights[d] for d in self.domains})
 
     def state_dict(self):
@@ -123,7 +126,7 @@ class DomainSampler:
         if self.strategy == "round_robin" or (self.strategy == "dynamic" and index == 0):
             return [self.domains[step % len(self.domains)] for step in range(index * self.period, (index + 1) * self.period)]
         exact = np.array([weights[d] for d in self.domains]) * self.period
-        quotas = np.floor(exact + 1e-9).astype(int)                 # 1e-9: a quota of 2.9999999999999996 is 3
+        quotas = np.floor(exact).astype(int)
         largest_remainder = np.argsort(quotas - exact, kind="stable")
         quotas[largest_remainder[:self.period - quotas.sum()]] += 1
         shuffle = np.random.default_rng((self.seed, index)).permutation(self.period)

@@ -48,18 +48,18 @@ class Config:
     method: str = option("udon", "udon; baselines: usc, one student with a classifier per domain; ujc, with one joint classifier",
                          METHODS)
     model: str = option("mini", "size of the ViT (paper: b16)", tuple(SIZES))
-    image_size: int | None = option(None, "pixels; none: the model's own, 64 for mini, 224 for the others (paper: 224)")
+    image_size: int | None = option(None, "pixels; none: the model's own, 48 for mini, 224 for the others (paper: 224)")
     init: str | None = option(None, "file of public ViT weights to start from (paper: AugReg or CLIP)")
     student_dim: int = option(64, "width of the universal embedding (paper: 64)")
     teacher_dim: int = option(256, "width of the teachers' embeddings (paper: 256)")
 
     sampler: str = option("dynamic", "which domain the next batch comes from (paper: dynamic)", STRATEGIES)
     period: int = option(100, "steps between two updates of the dynamic sampler's weights (paper: 1000, of 221,180 steps)")
-    batch_size: int = option(64, "images a step, all of one domain (paper: 128)")
-    epochs: float = option(10.0, "passes over as many images as all domains have (paper: 10)")
+    batch_size: int = option(32, "images a step, all of one domain (paper: 128)")
+    epochs: float = option(18.0, "passes over as many images as all domains have (paper: 10)")
     steps: int | None = option(None, "training steps, in place of --epochs")
 
-    head_lr: float = option(1e-3, "learning rate of heads and classifiers (paper: 1e-3)")
+    head_lr: float = option(3e-3, "learning rate of heads and classifiers (paper: 1e-3)")
     backbone_lr: float | None = option(None, "learning rate of the backbone; none: 1e-5 with --init (paper), 1e-3 without")
     frozen_epochs: float | None = option(None, "epochs at the start that leave the backbone alone; none: 2 with --init (paper), else 0")
     schedule: str = option("constant", "course of both learning rates (paper: constant)", ("constant", "cosine"))

@@ -23,8 +23,8 @@ def cosine_topk(queries, index, k, *, exclude=None, backend="auto"):
     queries (Q, D), index (G, D): floating point, any norm (rows are L2-normalised inside; a zero row has similarity 0 to all).
     exclude: (Q,) integers, an index row that each query may not return, or -1.
     Returns scores (Q, k) float32 in [-1, 1], descending, and rows (Q, k) int64 on the queries' device. Rows of equal score come
-    in ascending order. Scores are computed in float64 and rounded to multiples of 2^-24, so that equal vectors score equally
-    wherever they stand. Memory: O((Q + G) D + Q k) and one block of 1024 x 2048 scores; never Q x G.
+    in ascending order. Scores are computed in float64 and rounded to multiples of 2^-24, so that rounding noise does not order
+    equal vectors (unless their cosine is within 1e-9 of the middle between two multiples). Memory: O((Q + G) D + Q k) and one block of 1024 x 2048 scores; never Q x G.
     backend: "torch", "auto" (the fastest there is; torch so far), "triton" (not built yet).
     Raises ValueError for shapes, types or values that do not fit, and for k above the number of rows left to a query.
     """
@@ -51,24 +51,32 @@ def _validated(queries, index, k, exclude):
         if exclude.shape != queries.shape[:1] or exclude.is_floating_point() or exclude.dtype == torch.bool:
             raise ValueError(f"exclude is {tuple(exclude.shape)} {exclude.dtype}: it must hold one integer for each of the "
                              f"{len(queries)} queries")
+        exclude = exclude.long()
         outside = (exclude < -1) | (exclude >= len(index))
         if outside.any():
             raise ValueError(f"exclude holds {int(exclude[outside][0])}: it must hold rows of the index, 0 to {len(index) - 1}, or -1")
         left -= int((exclude >= 0).any())
-    if not 1 <= k <= left:
+    if not isinstance(k, int) or not 1 <= k <= left:
         raise ValueError(f"k is {k}: it must be from 1 to {left}, the rows of the index less the excluded one")
     return exclude
 
 
+def _unit(rows):
+    """Rows (n, D) of any norm -> float64 unit rows; by the largest value first, whose square would not fit float64."""
+    rows = rows.double()
+    largest = rows.abs().amax(dim=1, keepdim=True) if rows.shape[1] else rows.new_zeros(len(rows), 1)
+    return F.normalize(rows / torch.where(largest > 0, largest, 1.0), dim=1)
+
+
 def _torch_topk(queries, index, k, exclude):
     device = queries.device
-    index = F.normalize(index.to(device).double(), dim=1, eps=1e-300)                              # (G, D)
+    index = _unit(index.to(device))                                                                # (G, D) float64
     best = torch.full((len(queries), k), NOTHING, dtype=torch.int64, device=device)                # (Q, k) keys
     for top in range(0, len(queries), QUERY_BLOCK):
-        unit = ONE * F.normalize(queries[top:top + QUERY_BLOCK].double(), dim=1, eps=1e-300)       # (q, D)
+        unit = ONE * _unit(queries[top:top + QUERY_BLOCK])                                         # (q, D) float64
         mine = best[top:top + QUERY_BLOCK]                                                         # a view
         for left in range(0, len(index), INDEX_BLOCK):
-            part = (unit @ index[left:left + INDEX_BLOCK].T).round_().clamp_(-ONE, ONE)            # (q, g)
+            part = (unit @ index[left:left + INDEX_BLOCK].T).round_()                              # (q, g)
             if exclude is not None:
                 column = exclude[top:top + QUERY_BLOCK] - left
                 here = ((column >= 0) & (column < part.shape[1])).nonzero()[:, 0]

@@ -10,7 +10,7 @@ from PIL import Image
 
 MINI_UNED = Path(__file__).parents[2] / "shared" / "mini_uned"           # real images, beside the project; never in it
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)                    # these sizes gain nothing from a second thread, and suffer from a busy machine
 
 
 def picture(rng, hue, width=24, height=20):

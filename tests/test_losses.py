@@ -1,6 +1,7 @@
 """losses.py: equality with float64 numpy, agreement, symmetries, ranges, derivatives, edge cosines, half precision, bad options."""
 
 import ast
+import itertools
 import math
 import shutil
 import subprocess
@@ -126,9 +127,13 @@ def test_classification_equals_numpy(seed, batch, classes, dtype, case, share):
 @pytest.mark.parametrize("kind, margin, scale", CLASSIFICATION)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_classification_case_equals_numpy(kind, margin, scale, dtype):
+    """On a whole batch, and with the true cosine near +-1: there an epsilon that keeps an angle differentiable shows."""
     cosines, labels = random_cosines(1, 32, 20, dtype)
-    value = classification_loss(cosines, labels, scale=scale, margin=margin, kind=kind)
-    close(value, exact_classification(cosines, labels, scale, margin, kind), DTYPES[dtype], terms=0)
+    options = {"scale": scale, "margin": margin, "kind": kind}
+    close(classification_loss(cosines, labels, **options), exact_classification(cosines, labels, **options), DTYPES[dtype], terms=0)
+    for gap, sign in itertools.product([0, *10 ** np.linspace(-16, -1, 31)], [1, -1]):
+        near, label = torch.tensor([[sign * (1 - gap), 0.9, -0.2]], dtype=dtype), torch.tensor([0])
+        close(classification_loss(near, label, **options), exact_classification(near, label, **options), DTYPES[dtype], scale)
 
 
 @property_test

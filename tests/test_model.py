@@ -160,9 +160,11 @@ def test_set_family_switches_everything_and_back():
     vit.set_family("quick_gelu", 1e-5, True)
     assert shapes(vit) == shapes(small_vit(pre_norm=True))
     assert {m.eps for m in vit.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
-    assert model.ViT(**vit.architecture).architecture == vit.architecture
+    fresh = small_vit(activation="quick_gelu", norm_eps=1e-5, pre_norm=True)
+    assert fresh.architecture == vit.architecture
+    fresh.load_state_dict(vit.state_dict())
     with torch.no_grad():
-        assert not torch.equal(vit(x), before)
+        assert torch.equal(vit(x), fresh(x)) and not torch.equal(vit(x), before)
     vit.set_family("gelu_tanh", 1e-6, False)
     assert shapes(vit) == shapes(small_vit()) and vit.architecture == small_vit().architecture
     with torch.no_grad():
@@ -203,6 +205,29 @@ def test_conv_stem_gives_one_token_per_patch(patch_size):
     assert vit(x).shape == (3, 32)
 
 
+def test_conv_stem_equals_its_equations():
+    """3x3 convolutions of stride 2, each with a norm over the whole image and a ReLU, then a 1x1 one; kernels of mean 0, norm 1."""
+    torch.manual_seed(0)
+    embed, x = small_vit(stem="conv").patch_embed, images()
+    w = {name: parameter.detach() for name, parameter in embed.proj.named_parameters()}
+    assert len(w) == 3 * 3 + 2                                                 # three halvings make patches of 8
+
+    def standardised(kernel):
+        rows = kernel.double().flatten(1).numpy()
+        rows = rows - rows.mean(1, keepdims=True)
+        return torch.from_numpy(rows / np.linalg.norm(rows, axis=1, keepdims=True)).reshape(kernel.shape)
+
+    want = x.double()
+    for i in (0, 3, 6):
+        want = F.conv2d(F.pad(want, (1, 1, 1, 1)), standardised(w[f"{i}.weight"]), stride=2)
+        mean, variance = want.mean((1, 2, 3), keepdim=True), want.var((1, 2, 3), keepdim=True, correction=0)
+        scale, shift = (w[f"{i + 1}.{leaf}"].double()[:, None, None] for leaf in ("weight", "bias"))
+        want = ((want - mean) / (variance + 1e-5).sqrt() * scale + shift).clamp(min=0)
+    want = torch.einsum("bchw,dc->bhwd", want, standardised(w["9.weight"])[:, :, 0, 0]) + w["9.bias"].double()
+    with torch.no_grad():
+        assert float((embed(x) - want.flatten(1, 2)).abs().max()) < 1e-5
+
+
 def test_conv_stem_orders_tokens_like_the_patch_stem():
     """Row by row: a change in one patch moves that patch's token the most; in its upper left quarter, on which convolutions of
     stride 2 padded by 1 are centred. Otherwise the position table would mean other places."""
@@ -225,7 +250,7 @@ def test_conv_stem_needs_a_power_of_two(patch_size):
 
 def test_the_mini_size_is_compact():
     vit = model.ViT(**model.SIZES["mini"])
-    assert vit(images(2, 64)).shape == (2, 192)
+    assert vit(images(2, vit.architecture["image_size"])).shape == (2, vit.architecture["width"])
     assert sum(parameter.numel() for parameter in vit.parameters()) < 2.5e6
 
 

@@ -104,7 +104,7 @@ def losses_written_out(model, images, labels, domain, weights, scale, into_backb
     return sum(w * t for w, t in zip(weights, terms)) / sum(weights), terms
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 1000), into_backbone=st.booleans(), weights=st.tuples(*[st.floats(0.1, 3)] * 4), scale=st.floats(1, 64))
 def test_losses_and_all_gradients_of_a_step(seed, into_backbone, weights, scale):
     model, (images, labels) = tiny_model(seed), tiny_batch(seed)
@@ -351,11 +351,11 @@ def test_the_best_checkpoint_is_not_the_last(uned, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("method", udon.METHODS)
 def test_a_small_set_is_learned(uned, tmp_path, capsys, method):
     """Each method overfits 40 pictures of 8 plain colours: losses fall far below those of an undecided classifier."""
-    train(uned, tmp_path / "run", "--steps", "120", "--method", method, "--batch-size", "16", "--val-every", "1000", "--backbone-lr", "3e-4",
-          "--head-lr", "3e-3")
+    train(uned, tmp_path / "run", "--steps", "90", "--method", method, "--batch-size", "16", "--val-every", "1000", "--backbone-lr", "1e-3",
+          "--head-lr", "1e-2")
     losses = [line["student_classification"] for line in steps_in(tmp_path / "run")]
     undecided = math.log(8 if method == "ujc" else 4)
-    assert np.mean(losses[-10:]) < 0.5 * undecided, f"{np.mean(losses[:5]):.2f} -> {np.mean(losses[-10:]):.2f}"
+    assert np.mean(losses[-10:]) < 0.6 * undecided, f"{np.mean(losses[:5]):.2f} -> {np.mean(losses[-10:]):.2f}"
 
 
 def test_init_fills_the_backbone_and_its_preprocessing(uned, tmp_path, capsys):
