@@ -112,7 +112,8 @@ class Benchmark:
         try:
             entries = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
-            raise InputError(f"manifest {file} cannot be opened ({error.strerror}): each domain needs train, val and test") from None
+            raise InputError(f"manifest {file} cannot be opened ({error.strerror}): each domain needs train, val and "
+                             "test") from None
         except ValueError as error:
             raise InputError(f"manifest {file} is not JSON ({error}): write a list of path and class_id") from None
         if not isinstance(entries, list) or not entries:
@@ -427,25 +428,24 @@ def _draw_layout(rng, cells):
 
 
 def _count_classes(rng, number):
-    return [look for look in _distinct(rng, number + 1, 3, 3, 3, 3) if any(look)][:number]       # discs, bars, rings, crosses
+    return [look for look in _distinct(rng, number + 1, 4, 4, 4) if any(look)][:number]          # discs, bars, rings
 
 
 def _draw_count(rng, look):
     image, pen, value = _background(rng)
+    places = iter(_places(rng, sum(look), 36))
     one = _colour(rng, value=value) if rng.random() < 0.5 else None
-    places = iter(_places(rng, sum(look), 32))
     for kind, number in enumerate(look):
+        colour = one or _colour(rng, value=value)
         for x, y in (next(places) for _ in range(number)):
-            colour, angle, half = one or _colour(rng, value=value), rng.uniform(0, np.pi), rng.uniform(13, 16)
-            dx, dy = half * np.cos(angle), half * np.sin(angle)
+            half, angle = rng.uniform(13, 16), rng.uniform(0, np.pi)
             if kind == 0:
-                _mark(pen, 2, (x, y), rng.uniform(9, 11), colour)
-            elif kind == 2:
-                pen.ellipse((x - half, y - half, x + half, y + half), outline=colour, width=4)
+                _mark(pen, 2, (x, y), half - 2, colour)
+            elif kind == 1:
+                dx, dy = 1.2 * half * np.cos(angle), 1.2 * half * np.sin(angle)
+                pen.line((x - dx, y - dy, x + dx, y + dy), fill=colour, width=7)
             else:
-                pen.line((x - dx, y - dy, x + dx, y + dy), fill=colour, width=6)
-                if kind == 3:
-                    pen.line((x - dy, y + dx, x + dy, y - dx), fill=colour, width=6)
+                pen.ellipse((x - half, y - half, x + half, y + half), outline=colour, width=5)
     return image
 
 
@@ -506,14 +506,14 @@ def _draw_face(rng, look):
 
 
 PROCEDURAL = {                      # classes, renderer, number of train / val / test classes, images of a train class: most, least
-    "colour": (_colour_classes, _draw_colour, (90, 8, 20), (16, 16)),
-    "count": (_count_classes, _draw_count, (56, 6, 18), (24, 24)),
-    "faces": (_face_classes, _draw_face, (100, 8, 20), (12, 12)),
-    "layout": (_layout_classes, _draw_layout, (120, 8, 20), (10, 10)),
-    "orientation": (_orientation_classes, _draw_orientation, (40, 6, 16), (30, 30)),
-    "shape": (_shape_classes, _draw_shape, (120, 8, 20), (12, 12)),
-    "symbols": (_symbol_classes, _draw_symbol, (200, 8, 20), (60, 4)),         # the long tail: image counts fall as 1 / rank
-    "texture": (_texture_classes, _draw_texture, (42, 6, 18), (32, 32)),
+    "colour": (_colour_classes, _draw_colour, (90, 12, 20), (14, 14)),
+    "count": (_count_classes, _draw_count, (41, 6, 16), (32, 32)),
+    "faces": (_face_classes, _draw_face, (100, 12, 20), (12, 12)),
+    "layout": (_layout_classes, _draw_layout, (120, 12, 20), (10, 10)),
+    "orientation": (_orientation_classes, _draw_orientation, (40, 8, 16), (30, 30)),
+    "shape": (_shape_classes, _draw_shape, (120, 12, 20), (12, 12)),
+    "symbols": (_symbol_classes, _draw_symbol, (200, 12, 20), (60, 4)),         # the long tail: image counts fall as 1 / rank
+    "texture": (_texture_classes, _draw_texture, (42, 8, 16), (32, 32)),
 }
 TEST_IMAGES = 8                     # of a val or test class
 

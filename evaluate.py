@@ -157,9 +157,10 @@ def evaluate(model, sets, preprocessing, *, index="merged", embedding="student")
     embedding  "student", "backbone", or "teacher": each domain by its own teacher, whose spaces cannot be merged
     preprocessing  {"mean": (3), "std": (3)}
     """
-    if index not in ("merged", "separate") or embedding not in ("student", "teacher", "backbone") or (index, embedding) == ("merged", "teacher"):
-        raise ValueError(f"index is {index!r} and embedding {embedding!r}: use merged or separate with student or backbone, or separate "
-                         "with teacher")
+    if (index, embedding) not in (("merged", "student"), ("merged", "backbone"), ("separate", "student"), ("separate", "backbone"),
+                                  ("separate", "teacher")):
+        raise ValueError(f"index is {index!r} and embedding {embedding!r}: use merged or separate with student or backbone, or "
+                         "separate with teacher")
     model.eval()
     device = next(model.parameters()).device
     queries, indexes, rows = {}, {}, {}
@@ -194,7 +195,8 @@ def evaluate(model, sets, preprocessing, *, index="merged", embedding="student")
 
 def _joined(parts):
     parts = list(parts)
-    return Embeddings(torch.cat([p.vectors for p in parts]), sum((p.labels for p in parts), []), sum((p.domains for p in parts), []))
+    return Embeddings(torch.cat([p.vectors for p in parts]), [label for p in parts for label in p.labels],
+                      [domain for p in parts for domain in p.domains])
 
 
 def table(results, untrained=None):
@@ -204,8 +206,8 @@ def table(results, untrained=None):
         beside = f"{100 * other['recall_at_1']:14.2f}{100 * other['mmp_at_5']:10.2f}" if other else ""
         return f"{name:16}{sizes}{100 * row['recall_at_1']:10.2f}{100 * row['mmp_at_5']:10.2f}{beside}"
 
-    heading = f"{'domain':16}{'queries':>9}{'index':>9}{'R@1':>10}{'mMP@5':>10}" + (f"{'untrained R@1':>16}{'mMP@5':>8}" if untrained
-                                                                             else "")
+    heading = f"{'domain':16}{'queries':>9}{'index':>9}{'R@1':>10}{'mMP@5':>10}"
+    heading += f"{'untrained R@1':>16}{'mMP@5':>8}" if untrained else ""
     lines = [line(d, row, untrained and untrained["domains"][d]) for d, row in results["domains"].items()]
     return "\n".join([heading, *lines, line("mean", results["mean"], untrained and untrained["mean"]), DEFINITIONS])
 

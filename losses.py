@@ -54,8 +54,8 @@ def logit_distillation_loss(student_cosines, teacher_cosines, *, student_tempera
     Gradient: to `student_cosines` only.  Raises ValueError for shapes that differ.  Source: paper section 3, official temperatures.
     """
     if student_cosines.shape != teacher_cosines.shape:
-        raise ValueError(f"student cosines are {tuple(student_cosines.shape)}, teacher cosines {tuple(teacher_cosines.shape)}: both must "
-                         "be (B, C) of the same batch and classes")
+        raise ValueError(f"student cosines are {tuple(student_cosines.shape)}, teacher cosines {tuple(teacher_cosines.shape)}: "
+                         "both must be (B, C) of the same batch and classes")
     student = F.log_softmax(_at_least_float32(student_cosines) / student_temperature, dim=1)              # (B, C)
     teacher = F.log_softmax(_at_least_float32(teacher_cosines).detach() / teacher_temperature, dim=1)     # (B, C)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
@@ -66,7 +66,8 @@ def relational_distillation_loss(student, teacher, *, scale=32.0):
 
     student: (B, S), teacher: (B, T), any row norm (rows are normalised here).  Range [0, 2 x scale]; 0 with zero gradient
     where the two similarity matrices agree; unchanged by a rotation of either embedding.  Gradient: to `student` only.
-    Raises ValueError for batches of different size. Source: paper section 3; the official sum works out as scale 32 at its batch of 128.
+    Raises ValueError for batches of different size.
+    Source: paper section 3; the official sum works out as scale 32 at its batch of 128.
     """
     if len(student) != len(teacher):
         raise ValueError(f"there are {len(student)} student and {len(teacher)} teacher embeddings: they must be of the same images")

@@ -214,8 +214,8 @@ class UDON(nn.Module):
         super().__init__()
         for domain, count in classes.items():
             if not domain or "." in domain or hasattr(nn.ModuleDict(), domain) or count < 1:
-                raise ValueError(f"domain {domain!r} with {count} classes: the name must have no dot and be none, such as 'keys', that "
-                                 "torch.nn.ModuleDict uses itself, and there must be at least 1 class: rename the domain")
+                raise ValueError(f"domain {domain!r} with {count} classes: the name must have no dot and be none, such as 'keys', "
+                                 "that torch.nn.ModuleDict uses itself, and there must be at least 1 class: rename the domain")
         width = backbone.architecture["width"]
         self.backbone = backbone
         self.student_head = Head(width, student_dim)

@@ -95,7 +95,8 @@ def _read(path):
     except OSError as error:
         raise WeightsError(f"{path} cannot be opened: {error.strerror or error}") from None
     except pickle.UnpicklingError:
-        raise WeightsError(f"{path} holds other Python objects than tensors, or is no weight file: save a state dict to it") from None
+        raise WeightsError(f"{path} holds other Python objects than tensors, or is no weight file: save a state dict to "
+                           "it") from None
     except Exception as error:                             # zip, numpy, torch and safetensors have no error in common
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WeightsError(f"{path} is no weight file that can be read ({reason}): give a .npz, .safetensors, .pt or .pth "

@@ -56,12 +56,13 @@ class Config:
     sampler: str = option("dynamic", "which domain the next batch comes from (paper: dynamic)", STRATEGIES)
     period: int = option(100, "steps between two updates of the dynamic sampler's weights (paper: 1000, of 221,180 steps)")
     batch_size: int = option(32, "images a step, all of one domain (paper: 128)")
-    epochs: float = option(18.0, "passes over as many images as all domains have (paper: 10)")
+    epochs: float = option(20.0, "passes over as many images as all domains have (paper: 10)")
     steps: int | None = option(None, "training steps, in place of --epochs")
 
-    head_lr: float = option(3e-3, "learning rate of heads and classifiers (paper: 1e-3)")
+    head_lr: float | None = option(None, "learning rate of heads and classifiers; none: 1e-3 with --init (paper), 2e-3 without")
     backbone_lr: float | None = option(None, "learning rate of the backbone; none: 1e-5 with --init (paper), 1e-3 without")
-    frozen_epochs: float | None = option(None, "epochs at the start that leave the backbone alone; none: 2 with --init (paper), else 0")
+    frozen_epochs: float | None = option(None, "epochs at the start that leave the backbone alone; none: 2 with --init (paper), "
+                                                "else 0")
     schedule: str = option("constant", "course of both learning rates (paper: constant)", ("constant", "cosine"))
     warmup_steps: int = option(0, "steps over which both learning rates rise from 0 (paper: 0)")
     weight_decay: float = option(1e-6, "decoupled, on all parameters (paper: 1e-6)")
@@ -80,14 +81,15 @@ class Config:
     seed: int = option(0, "of weights, batches and sampler")
     val_every: int | None = option(None, "steps between validations; none: an epoch")
     save_every: int = option(200, "steps between checkpoints, beside those at validations: what a killed run repeats at most")
-    workers: int | None = option(None, "processes that load images; none: 0 if the images fit in memory, else one a processor, at most 8")
+    workers: int | None = option(None, "processes that load images; none: 0 if the images fit in memory, else one a processor, "
+                                        "at most 8")
     device: str = option(evaluate.default_device(), "cpu, cuda, cuda:1 ...")
 
     def __post_init__(self):
         """Raises data.InputError for a value outside its range."""
-        for name, least in dict(student_dim=1, teacher_dim=1, period=1, batch_size=1, steps=1, warmup_steps=0, head_lr=0, backbone_lr=0,
-                                frozen_epochs=0, weight_decay=0, relational_scale=0, seed=0, val_every=1, save_every=1, workers=0,
-                                image_size=1).items():
+        for name, least in dict(image_size=1, student_dim=1, teacher_dim=1, period=1, batch_size=1, steps=1, head_lr=0,
+                                backbone_lr=0, frozen_epochs=0, warmup_steps=0, weight_decay=0, relational_scale=0, seed=0,
+                                val_every=1, save_every=1, workers=0).items():
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= least):
                 raise data.InputError(f"{flag(name)} is {value}: it must be {least} or more")
@@ -96,8 +98,8 @@ class Config:
         if min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf:
             raise data.InputError(f"--weights are {self.weights}: they must be 0 or more, and not all 0")
         if (self.margin != 0) == (self.classification == "normface") or not math.isfinite(self.margin):
-            raise data.InputError(f"--margin is {self.margin} with --classification {self.classification}: normface takes none, cosface "
-                                  "and arcface need one, such as 0.2")
+            raise data.InputError(f"--margin is {self.margin} with --classification {self.classification}: normface takes none, "
+                                  "cosface and arcface need one, such as 0.2")
 
 
 def flag(name):
@@ -196,7 +198,7 @@ def training_step(step, model, batches, sampler, optimizer, config, run):
     optimizer.step()
 
     # 8  The sampler hears how hard the domain still is for its teacher (for the baselines: for the student).
-    sampler.observe(domain, values.student_classification if values.teacher_classification is None else values.teacher_classification)
+    sampler.observe(domain, values.teacher_classification if config.method == "udon" else values.student_classification)
     return domain, values, waited
 
 
@@ -294,8 +296,8 @@ def train(config, resume=False):
         model, state = evaluate.load_checkpoint(out / "last.pt", config.device)
         architecture, preprocessing = state["architecture"], state["preprocessing"]
         if state["classes"] != counts:
-            raise data.InputError(f"--data {config.data} has the classes {counts}, the run {out} was started with {state['classes']}: "
-                                  "give it the data it was started with")
+            raise data.InputError(f"--data {config.data} has the classes {counts}, the run {out} was started with "
+                                  f"{state['classes']}: give it the data it was started with")
     else:
         model, architecture, preprocessing = build_model(config, counts)
         model.to(config.device)
@@ -314,7 +316,7 @@ def train(config, resume=False):
     val_sets = evaluate.open_sets(benchmark, "val", size, antialias=config.antialias, keep=True)
     batches = data.TrainBatches(splits, size, config.batch_size, config.seed, antialias=config.antialias)
     workers = config.workers if config.workers is not None else 0 if batches.in_memory else min(data.processors(), 8)
-    print(f"training images {'decoded into memory' if batches.in_memory else 'decoded as needed'} by {workers} workers; ready after "
+    print(f"training images decoded {'into memory' if batches.in_memory else 'as needed'}, {workers} workers; ready after "
           f"{time.perf_counter() - started:.1f} s")
 
     if resume:
@@ -352,15 +354,16 @@ def train(config, resume=False):
             domain, losses, seconds = training_step(step, model, stream, sampler, optimizer, config, run)
             waited += seconds
             step += 1
-            metrics.write(json.dumps({"step": step, "domain": domain, **{k: v for k, v in losses._asdict().items() if v is not None},
-                                      "backbone_lr": optimizer.param_groups[0]["lr"],
-                                      "head_lr": optimizer.param_groups[1]["lr"]}) + "\n")
+            values = {term: value for term, value in losses._asdict().items() if value is not None}
+            rates = {"backbone_lr": optimizer.param_groups[0]["lr"], "head_lr": optimizer.param_groups[1]["lr"]}
+            metrics.write(json.dumps({"step": step, "domain": domain, **values, **rates}) + "\n")
             now = time.perf_counter()
             if now - said >= 5 or step == run.steps:
                 said, training = now, now - started - paused
                 rate = (step - first) / training
-                print(f"step {step:,} of {run.steps:,}   loss {losses.total:.3f} ({domain})   {rate * config.batch_size:,.0f} images/s   "
-                      f"waiting for data {100 * waited / training:.1f} %   {clock((run.steps - step) / rate)} left", flush=True)
+                print(f"step {step:,} of {run.steps:,}   loss {losses.total:.3f} ({domain})   {rate * config.batch_size:,.0f} "
+                      f"images/s   waiting for data {100 * waited / training:.1f} %   {clock((run.steps - step) / rate)} left",
+                      flush=True)
             validating = step % (config.val_every or run.steps_per_epoch) == 0 or step == run.steps
             if validating:
                 results = evaluate.evaluate(model, val_sets, preprocessing)["mean"]
@@ -370,15 +373,16 @@ def train(config, resume=False):
                     best = {"step": step, "recall_at_1": results["recall_at_1"]}
                     save(out / "best.pt", checkpoint())
                 metrics.write(json.dumps({"step": step, "val": results, "sampler_weights": sampler.weights}) + "\n")
-                print(f"step {step:,} validation: mean R@1 {100 * results['recall_at_1']:.2f}, mMP@5 {100 * results['mmp_at_5']:.2f}"
-                      f"{' (best so far)' if better else ''}", flush=True)
+                print(f"step {step:,} validation: mean R@1 {100 * results['recall_at_1']:.2f}, mMP@5 "
+                      f"{100 * results['mmp_at_5']:.2f}{' (best so far)' if better else ''}", flush=True)
             if validating or step % config.save_every == 0:
                 save_last()
                 paused += time.perf_counter() - now
 
     model, best_checkpoint = evaluate.load_checkpoint(out / "best.pt", config.device)
-    results = {**evaluate.evaluate(model, test_sets, preprocessing), "checkpoint": str(out / "best.pt"), "step": best_checkpoint["step"],
-               "data": config.data, "split": "test", "index": "merged", "embedding": "student", "untrained": untrained}
+    results = {**evaluate.evaluate(model, test_sets, preprocessing), "checkpoint": str(out / "best.pt"),
+               "step": best_checkpoint["step"], "data": config.data, "split": "test", "index": "merged", "embedding": "student",
+               "untrained": untrained}
     evaluate.write_json(out / "test.json", results)
     print(f"\n{out / 'best.pt'}, step {best_checkpoint['step']}: student embedding, test queries, merged index")
     print(evaluate.table(results, results["untrained"]))
@@ -398,8 +402,8 @@ def describe(config, run, counts, splits, model):
         print(f"  {domain:16}{len(split):9,} training images of {counts[domain]:,} classes")
     backbone = sum(p.numel() for p in model.backbone.parameters())
     heads = sum(p.numel() for p in model.parameters()) - backbone
-    print(f"parameters: backbone {backbone / 1e6:.2f} M, heads and classifiers {heads / 1e6:.2f} M ({16 * heads / 1e6:,.0f} MB with "
-          f"gradients and AdamW's moments); an epoch is {run.steps_per_epoch:,} steps, the run {run.steps:,}")
+    print(f"parameters: backbone {backbone / 1e6:.2f} M, heads and classifiers {heads / 1e6:.2f} M ({16 * heads / 1e6:,.0f} MB "
+          f"with gradients and AdamW's moments); an epoch is {run.steps_per_epoch:,} steps, the run {run.steps:,}")
 
 
 def clock(seconds):
@@ -429,6 +433,7 @@ def resolve(config):
     tuned = config.init is not None
     return dataclasses.replace(
         config, out=config.out or time.strftime("runs/%Y%m%d-%H%M%S"),
+        head_lr=config.head_lr if config.head_lr is not None else 1e-3 if tuned else 2e-3,
         backbone_lr=config.backbone_lr if config.backbone_lr is not None else 1e-5 if tuned else 1e-3,
         frozen_epochs=config.frozen_epochs if config.frozen_epochs is not None else 2.0 if tuned else 0.0)
 
@@ -452,8 +457,8 @@ def configuration(given, resume):
             raise data.InputError(f"{out / 'config.json'} is no configuration of this version ({error}): start a new run") from None
         for name, value in given.items():
             if value != getattr(saved, name) and (name not in MAY_CHANGE or (name == "steps" and saved.schedule != "constant")):
-                raise data.InputError(f"{flag(name)} is {value}, the run {out} was started with {getattr(saved, name)}: leave it out, or "
-                                      "start a new run in another folder")
+                raise data.InputError(f"{flag(name)} is {value}, the run {out} was started with {getattr(saved, name)}: leave it "
+                                      "out, or start a new run in another folder")
         config = dataclasses.replace(saved, **given)
     if out.exists() and not out.is_dir():
         raise data.InputError(f"--out {out} is a file: give a folder")
@@ -471,17 +476,20 @@ def command_line():
     train_parser = commands.add_parser("train", help="train, validate, print the test table",
                                        description="Trains, validates, and prints the test table.")
     train_parser.add_argument("--resume", action="store_true",
-                              help=f"go on with the run in --out as it was started; only {', '.join(map(flag, MAY_CHANGE))} may change")
+                              help=f"go on with the run in --out as it was started; of its options only "
+                                   f"{', '.join(map(flag, MAY_CHANGE))} may be given anew")
     kinds = typing.get_type_hints(Config)
     for f in dataclasses.fields(Config):
         kind = (typing.get_args(kinds[f.name]) or (kinds[f.name],))[0]
-        settings = {"type": kind, "choices": f.metadata["choices"], "metavar": None if f.metadata["choices"] else kind.__name__.upper()}
+        choices = f.metadata["choices"]
+        settings = {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
         if isinstance(f.default, tuple):
             settings["nargs"] = len(f.default)
         if kind is bool:
             settings = {"action": argparse.BooleanOptionalAction}
         shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        train_parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {shown})", **settings)
+        train_parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **settings,
+                                  help=f"{f.metadata['help']} (default: {shown})")
     return parser
 
 

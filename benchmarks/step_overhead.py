@@ -29,7 +29,8 @@ CLASSES = {f"domain{i}": count for i, count in enumerate((61, 118, 60, 49, 185, 
 def machine(device):
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), name)
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
     return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} processors, torch {torch.__version__}"
@@ -37,8 +38,8 @@ def machine(device):
 
 def steps(method, options):
     """Yields the seconds of one training step after another."""
-    config = udon.resolve(udon.Config(method=method, model=options.model, image_size=options.image_size, batch_size=options.batch_size,
-                                      device=options.device))
+    config = udon.resolve(udon.Config(method=method, model=options.model, image_size=options.image_size,
+                                      batch_size=options.batch_size, device=options.device))
     model, _, preprocessing = udon.build_model(config, CLASSES)
     model.to(options.device).train()
     run = udon.Run(10**6, 1000, 0, {domain: (domain, 0) for domain in CLASSES}, preprocessing, options.device)
@@ -47,8 +48,8 @@ def steps(method, options):
     def batches():
         while True:
             domain = sampler.draw()
-            yield (domain, torch.randint(0, 256, (options.batch_size, 3, options.image_size, options.image_size), dtype=torch.uint8),
-                   torch.randint(0, CLASSES[domain], (options.batch_size,)))
+            images = torch.randint(0, 256, (options.batch_size, 3, options.image_size, options.image_size), dtype=torch.uint8)
+            yield domain, images, torch.randint(0, CLASSES[domain], (options.batch_size,))
 
     stream, step = batches(), 0
     while True:
@@ -86,7 +87,8 @@ def main():
               "usc_ms": round(1e3 * statistics.median(b for _, b in pairs), 1),
               "ratios": [round(a / b, 4) for a, b in pairs]}
     Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
-    print(f"udon {result['udon_ms']} ms, usc {result['usc_ms']} ms a step, ratio {ratio:.3f} (median of {len(pairs)} pairs); {result['machine']}")
+    print(f"udon {result['udon_ms']} ms, usc {result['usc_ms']} ms a step, ratio {ratio:.3f} (median of {len(pairs)} pairs); "
+          f"{result['machine']}")
 
 
 if __name__ == "__main__":

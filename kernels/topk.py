@@ -24,7 +24,8 @@ def cosine_topk(queries, index, k, *, exclude=None, backend="auto"):
     exclude: (Q,) integers, an index row that each query may not return, or -1.
     Returns scores (Q, k) float32 in [-1, 1], descending, and rows (Q, k) int64 on the queries' device. Rows of equal score come
     in ascending order. Scores are computed in float64 and rounded to multiples of 2^-24, so that rounding noise does not order
-    equal vectors (unless their cosine is within 1e-9 of the middle between two multiples). Memory: O((Q + G) D + Q k) and one block of 1024 x 2048 scores; never Q x G.
+    equal vectors (unless their cosine is within 1e-9 of the middle between two multiples). Memory: O((Q + G) D + Q k)
+    and one block of 1024 x 2048 scores; never Q x G.
     backend: "torch", "auto" (the fastest there is; torch so far), "triton" (not built yet).
     Raises ValueError for shapes, types or values that do not fit, and for k above the number of rows left to a query.
     """
@@ -54,7 +55,8 @@ def _validated(queries, index, k, exclude):
         exclude = exclude.long()
         outside = (exclude < -1) | (exclude >= len(index))
         if outside.any():
-            raise ValueError(f"exclude holds {int(exclude[outside][0])}: it must hold rows of the index, 0 to {len(index) - 1}, or -1")
+            raise ValueError(f"exclude holds {int(exclude[outside][0])}: it must hold rows of the index, 0 to "
+                             f"{len(index) - 1}, or -1")
         left -= int((exclude >= 0).any())
     if not isinstance(k, int) or not 1 <= k <= left:
         raise ValueError(f"k is {k}: it must be from 1 to {left}, the rows of the index less the excluded one")

@@ -62,7 +62,8 @@ def test_evaluation_needs_the_checkpoint_alone(trained, uned, tmp_path):
     assert status == 0 and str(uned) in stdout
 
 
-@pytest.mark.parametrize("embedding, index", [("student", "separate"), ("teacher", None), ("teacher", "separate"), ("backbone", "merged")])
+@pytest.mark.parametrize("embedding, index",
+                         [("student", "separate"), ("teacher", None), ("teacher", "separate"), ("backbone", "merged")])
 def test_embeddings_and_indexes(trained, uned, tmp_path, capsys, embedding, index):
     evaluate.main([str(trained[0] / "last.pt"), "--data", str(uned), "--embedding", embedding, "--json", str(tmp_path / "o.json"),
                    "--split", "val", "--device", "cpu", *(["--index", index] if index else [])])
@@ -95,7 +96,7 @@ def test_a_finished_run_can_be_resumed(trained, uned, capsys):
 def test_help_lists_every_option():
     status, stdout, _ = run("udon.py", "train", "--help")
     assert status == 0 and all(udon.flag(name) in stdout for name in udon.Config.__dataclass_fields__)
-    assert "(default: 0.001)" in stdout and "paper: 1000" in stdout
+    assert "(default: 32)" in stdout and "paper: 1000" in stdout
     assert run("evaluate.py", "--help")[0] == 0
 
 

@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = {"udon", "model", "pretrained", "losses", "sampler", "data", "evaluate", "kernels"}
-IMPORTS = {"model": set(), "losses": set(), "sampler": set(), "data": set(), "pretrained": set(), "evaluate": {"data", "kernels", "model"},
-           "udon": {"data", "evaluate", "pretrained", "losses", "model", "sampler"}}
+IMPORTS = {"model": set(), "losses": set(), "sampler": set(), "data": set(), "pretrained": set(),
+           "evaluate": {"data", "kernels", "model"}, "udon": {"data", "evaluate", "pretrained", "losses", "model", "sampler"}}
 NEEDS = {"model": {"torch"}, "losses": {"torch"}, "sampler": {"numpy"}, "data": {"torch", "numpy", "PIL"},
          "pretrained": {"torch", "numpy", "safetensors"}, "evaluate": {"torch", "numpy"}, "udon": {"torch"}}
 
@@ -40,12 +40,61 @@ def test_a_file_copied_alone_imports(tmp_path, name):
     for file in source.glob("*.py") if source.is_dir() else [source]:
         (target / file.name if source.is_dir() else target).parent.mkdir(exist_ok=True)
         (target / file.name if source.is_dir() else target).write_text(file.read_text())
-    subprocess.run([sys.executable, "-c", f"import {name}, torch; assert not torch.cuda.is_initialized()"], cwd=tmp_path, check=True)
+    code = f"import {name}, torch; assert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("*.py")) + sorted((ROOT / "kernels").glob("*.py")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("[kbt]*/*.py")), ids=lambda file: file.name)
 def test_every_file_says_what_it_is_and_is_narrow(file):
     text = file.read_text()
     assert ast.get_docstring(ast.parse(text)), "line 1 is the docstring"
-    long = [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 140]
-    assert not long, f"lines over 140 characters: {long}"
+    long = [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 132]
+    assert not long, f"lines over 132 characters: {long}"
+
+
+# The README ------------------------------------------------------------------------------------------------------------------
+
+
+def readme():
+    return (ROOT / "README.md").read_text()
+
+
+def lines_of(name):
+    return len((ROOT / name).read_text().splitlines())
+
+
+def test_line_counts():
+    rows = re.findall(r"^\| `([\w./]+)` \| ([\d,]+) \|", readme(), re.MULTILINE)
+    assert {name for name, _ in rows} == {f"{name}.py" for name in OURS - {"kernels"}} | {"kernels/"}
+    counts = {name: lines_of("kernels/topk.py" if name == "kernels/" else name) for name, _ in rows}
+    assert {name: int(count) for name, count in rows} == counts
+    method = (ROOT / "udon.py").read_text()
+    method = method[method.index("# The method ---"):method.index("# The run ---")].count("\n")
+    idea = method + lines_of("losses.py") + lines_of("sampler.py")
+    assert f"The idea is {idea} lines" in readme(), idea
+
+
+def test_numbers_come_from_results():
+    """Mean and spread over the seeds, the printed table, the overhead: as in the files that the commands wrote."""
+    runs = [json.loads((ROOT / "results" / "procedural" / f"seed{seed}" / "test.json").read_text()) for seed in range(3)]
+    text = readme()
+    for values, name in (([run["mean"]["recall_at_1"] for run in runs], "R@1"), ([run["mean"]["mmp_at_5"] for run in runs], "mMP@5"),
+                         ([run["untrained"]["mean"]["recall_at_1"] for run in runs], "R@1 untrained")):
+        mean = sum(values) / 3
+        spread = (sum((value - mean) ** 2 for value in values) / 2) ** 0.5
+        assert f"{100 * mean:.1f} ± {100 * spread:.1f}" in text, f"{name}: {100 * mean:.1f} ± {100 * spread:.1f}"
+    mean = runs[0]["mean"], runs[0]["untrained"]["mean"]
+    printed = next(line for line in text.splitlines() if line.startswith("mean "))
+    assert printed.split()[1:] == [f"{100 * m[metric]:.2f}" for m in mean for metric in ("recall_at_1", "mmp_at_5")]
+    overhead = json.loads((ROOT / "results" / "step_overhead.json").read_text())
+    assert f"**{overhead['ratio_udon_to_usc']:.3f}**" in text and overhead["command"] in text and overhead["machine"].split(",")[0] in text
+
+
+def test_results_were_written_by_the_defaults_of_now():
+    import dataclasses
+    import udon
+    for seed in range(3):
+        config = json.loads((ROOT / "results" / "procedural" / f"seed{seed}" / "config.json").read_text())
+        defaults = dataclasses.asdict(udon.resolve(udon.Config(seed=seed)))
+        differing = {name for name in defaults if json.loads(json.dumps(defaults[name])) != config[name]}
+        assert differing <= {"out", "device"}, differing

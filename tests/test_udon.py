@@ -219,7 +219,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     with torch.no_grad():
         model.teacher_classifiers["birds"].weight[0, 0] = math.nan
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.raises(data.InputError, match="teacher_classification is nan at step 0, domain birds|total is nan at step 0, domain birds"):
+    with pytest.raises(data.InputError, match="(teacher_classification|total) is nan at step 0, domain birds"):
         next(steps_of(resolved(), model, 1))
     assert all(torch.equal(p, before[name]) or name == "teacher_classifiers.birds.weight" for name, p in model.named_parameters())
 
@@ -321,7 +321,7 @@ def test_a_run_folder(uned, tmp_path, capsys):
     assert "--seed 5" in printed and "images/s" in printed and "waiting for data" in printed and "left" in printed
     result = json.loads((out / "test.json").read_text())
     assert set(result["domains"]) == {"birds", "cars"} and set(result["untrained"]["domains"]) == {"birds", "cars"}
-    assert result["domains"]["cars"] | {"recall_at_1": 0, "mmp_at_5": 0} == {"recall_at_1": 0, "mmp_at_5": 0, "queries": 10, "index": 10}
+    assert (result["domains"]["cars"]["queries"], result["domains"]["cars"]["index"]) == (10, 10)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     validated = {line["step"]: line["val"]["recall_at_1"] for line in lines if "val" in line}
     assert list(validated) == [5, 10, 11]
@@ -351,8 +351,8 @@ def test_the_best_checkpoint_is_not_the_last(uned, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("method", udon.METHODS)
 def test_a_small_set_is_learned(uned, tmp_path, capsys, method):
     """Each method overfits 40 pictures of 8 plain colours: losses fall far below those of an undecided classifier."""
-    train(uned, tmp_path / "run", "--steps", "90", "--method", method, "--batch-size", "16", "--val-every", "1000", "--backbone-lr", "1e-3",
-          "--head-lr", "1e-2")
+    train(uned, tmp_path / "run", "--steps", "90", "--method", method, "--batch-size", "16", "--val-every", "1000",
+          "--backbone-lr", "1e-3", "--head-lr", "1e-2")
     losses = [line["student_classification"] for line in steps_in(tmp_path / "run")]
     undecided = math.log(8 if method == "ujc" else 4)
     assert np.mean(losses[-10:]) < 0.6 * undecided, f"{np.mean(losses[:5]):.2f} -> {np.mean(losses[-10:]):.2f}"
