@@ -38,7 +38,7 @@ class InputError(ValueError):
 
 
 class Split:
-    """One split of one domain: `labels` and `image(i)`.
+    """The images of one split of one domain: `labels` and `image(i)`.
 
     labels   (N,) int32, or where an image has several classes a list of tuples
     classes  (N,) int64 in 0..C-1 and `num_classes` C: the labels renumbered for a classifier (single labels only)
@@ -67,7 +67,7 @@ class Split:
             with Image.open(path) as image:
                 return image.convert("RGB")
         except Exception as error:      # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for broken files
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+            reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"image {path} of domain {self.domain}, split {self.name}, cannot be read ({reason}): repair it or "
                              "take it out of the data") from None
 
@@ -237,14 +237,13 @@ class TrainBatches(Dataset):
 
 
 class TestImages(Dataset):
-    """images[i] -> (3, size, size) uint8, as prepared for evaluation; kept decoded in memory where `keep` and they fit."""
+    """images[i] -> (3, size, size) uint8, as prepared for evaluation; kept decoded in memory with `keep`."""
 
     __test__ = False                                               # not a test class, whatever pytest makes of its name
 
     def __init__(self, split, size, *, antialias=True, keep=False):
         self.split, self.size, self.antialias = split, size, antialias
-        fits = len(split) * size * size * 3 <= MEMORY_LIMIT
-        self.pixels = _decoded(split, self._prepare) if keep and fits else None
+        self.pixels = _decoded(split, self._prepare) if keep else None
 
     def _prepare(self, image):
         return prepare_test(image, self.size, self.antialias).transpose(2, 0, 1)                 # (3, size, size)
@@ -411,10 +410,11 @@ def _draw_texture(rng, look):
 
 
 def _layout_classes(rng, number):
-    patterns = set()
+    patterns = {}                                                  # five of the cells of a 4 x 4 grid, none the mirror of another
     while len(patterns) < number:
-        patterns.add(tuple(sorted(rng.permutation(16)[:5].tolist())))          # five of the cells of a 4 x 4 grid
-    return sorted(patterns, key=lambda _: rng.random())
+        cells = rng.permutation(16)[:5]
+        patterns[min(tuple(sorted(cells.tolist())), tuple(sorted((cells + 3 - 2 * (cells % 4)).tolist())))] = None
+    return list(patterns)
 
 
 def _draw_layout(rng, cells):

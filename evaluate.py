@@ -3,7 +3,7 @@
     python evaluate.py runs/real/best.pt --data DIR --json out.json
 
     load_checkpoint(path)                       -> model, checkpoint
-    embed(network, images, ...)                 -> (N, S) float32 unit rows
+    embed(network, images, ...)                 -> (N, D) float32, what the network says of each image
     retrieval_metrics(queries, index, ...)      -> Metrics: both metrics, per query and mean, and the neighbours
     evaluate(model, sets, ...)                  -> {"mean": ..., "domains": ...}, as in the JSON file
 
@@ -93,7 +93,8 @@ def retrieval_metrics(queries, index, *, exclude=None, k=5):
 
 def _label_ids(embeddings, numbers):
     """(N, L) int64: a number for each (domain, label) of each image, padded with -1. `numbers` gives them out."""
-    several = [sorted({int(l) for l in label}) if np.ndim(label) else (int(label),) for label in embeddings.labels]
+    several = [sorted({int(l) for l in label}) if np.ndim(label) or isinstance(label, (set, frozenset)) else (int(label),)
+               for label in embeddings.labels]
     ids = np.full((len(several), max(map(len, several), default=1)), -1, dtype=np.int64)
     for row, (labels, domain) in enumerate(zip(several, embeddings.domains)):
         ids[row, :len(labels)] = [numbers.setdefault((domain, label), len(numbers)) for label in labels]
@@ -131,23 +132,30 @@ class TestSet(NamedTuple):
 TestSet.__test__ = False                          # not a test class, whatever pytest makes of its name
 
 
-def open_sets(benchmark, split, size, *, antialias=True, keep=False, domains=None):
-    """{domain: TestSet} of split "val" or "test" at `size` pixels; keep=True holds decoded images in memory, for repeated use."""
+def open_sets(benchmark, split, size, *, antialias=True, keep=False):
+    """{domain: TestSet} of split "val" or "test" at `size` pixels; keep=True holds the decoded images in memory, for repeated use,
+    where all of them fit into data.MEMORY_LIMIT bytes."""
+    names = {domain: dict.fromkeys((split, benchmark.index_name(domain, split))) for domain in benchmark.domains}
+    splits = {domain: [benchmark.split(domain, name) for name in names[domain]] for domain in names}
+    keep = keep and sum(len(part) for parts in splits.values() for part in parts) * size * size * 3 <= data.MEMORY_LIMIT
     sets = {}
-    for domain in domains or benchmark.domains:
-        queries = data.TestImages(benchmark.split(domain, split), size, antialias=antialias, keep=keep)
-        other = benchmark.index_name(domain, split)
-        index = queries if other == split else data.TestImages(benchmark.split(domain, other), size, antialias=antialias, keep=keep)
-        sets[domain] = TestSet(queries, index)
+    for domain, parts in splits.items():
+        images = [data.TestImages(part, size, antialias=antialias, keep=keep) for part in parts]
+        sets[domain] = TestSet(images[0], images[-1])
     return sets
 
 
 @torch.inference_mode()
 def embed(network, images, mean, std, device):
-    """network (B, 3, H, W) -> (B, D), applied to a whole data.TestImages: (N, D) float32 on the CPU, in the images' order."""
+    """network (B, 3, H, W) -> (B, D), applied to a whole data.TestImages: (N, D) float32 on the CPU, in the images' order.
+    Raises data.InputError where it says something that is not finite."""
     in_memory = images.pixels is not None or images.split.pixels is not None
     loader = DataLoader(images, EMBED_BATCH, num_workers=0 if in_memory else min(data.processors(), 8))
-    return torch.cat([network(data.normalise(batch.to(device), mean, std)).float().cpu() for batch in loader])
+    vectors = torch.cat([network(data.normalise(batch.to(device), mean, std)).float().cpu() for batch in loader])
+    if not vectors.isfinite().all():
+        raise data.InputError(f"embeddings of domain {images.split.domain}, split {images.split.name}, are not finite: the weights "
+                              "have diverged, train with lower learning rates")
+    return vectors
 
 
 def evaluate(model, sets, preprocessing, *, index="merged", embedding="student"):
@@ -215,16 +223,20 @@ def table(results, untrained=None):
 def load_checkpoint(path, device="cpu"):
     """-> (model.UDON in evaluation mode, the checkpoint's dict). Raises data.InputError for a file that is none."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise data.InputError(f"checkpoint {path} cannot be opened ({error.strerror}): give a best.pt or last.pt") from None
     except Exception:
         checkpoint = None                          # torch raises errors of many kinds for files that it did not write
-    if not isinstance(checkpoint, dict) or not {"model", "architecture", "preprocessing", "config", "step"} <= checkpoint.keys():
-        raise data.InputError(f"file {path} is not a checkpoint of this project, or is damaged: give a best.pt or last.pt of a run")
-    model = build(checkpoint["architecture"]).to(device)
-    model.load_state_dict(checkpoint["model"])
-    return model.eval(), checkpoint
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    try:
+        checkpoint["preprocessing"]["antialias"], checkpoint["config"]["data"], checkpoint["step"]
+        model = build(checkpoint["architecture"])
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        raise data.InputError(f"file {path} is not a checkpoint of this version, or is damaged: give a best.pt or last.pt of a "
+                              "run") from None
+    return model.to(device).eval(), checkpoint
 
 
 def build(architecture):
@@ -244,6 +256,15 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def check_device(device):
+    """Raises data.InputError for a device that torch does not know or cannot compute on here."""
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise data.InputError(f"--device {device} cannot be used here ({reason}): use cpu") from None
+
+
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are one sentence on stderr and exit status 2."""
 
@@ -253,8 +274,9 @@ class Parser(argparse.ArgumentParser):
 
 def report(options):
     """What the command line asks for: prints the table, writes the JSON file."""
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise data.InputError(f"folder of --json {options.json} does not exist: make it first")
+    if options.json and (not Path(options.json).absolute().parent.is_dir() or Path(options.json).is_dir()):
+        raise data.InputError(f"--json {options.json} must be a file in a folder that exists: make the folder first")
+    check_device(options.device)
     if options.embedding == "teacher" and options.index == "merged":
         raise data.InputError("--embedding teacher with --index merged compares what different teachers say: use --index separate")
     index = options.index or ("separate" if options.embedding == "teacher" else "merged")
@@ -270,6 +292,9 @@ def report(options):
     sets = open_sets(benchmark, options.split, size, antialias=preprocessing["antialias"])
     print(f"{options.checkpoint}, step {checkpoint['step']}, on {root or 'the procedural domains'}: {options.embedding} embedding, "
           f"{options.split} queries, {index} index")
+    images = sum(len(part) for parts in sets.values() for part in set(parts))
+    width = model.backbone.architecture["width"]
+    print(f"{images:,} images; their embeddings take at most {4 * width * images / 1e6:,.0f} MB, the search a block of 16 MB more")
     results = evaluate(model, sets, preprocessing, index=index, embedding=options.embedding)
     print(table(results))
     if options.json:

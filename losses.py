@@ -22,14 +22,14 @@ def _at_least_float32(x):
 def classification_loss(cosines, labels, *, scale=16.0, margin=0.0, kind="normface"):
     """Cross-entropy of scaled cosines, averaged over the batch.
 
-    cosines: (B, C) in [-1, 1].  labels: (B,) int64 in 0..C-1.  margin: cosine units (cosface) or radians (arcface).
+    cosines: (B, C) in [-1, 1].  labels: (B,) integers in 0..C-1.  margin: cosine units (cosface) or radians (arcface).
     kind, which changes the true class c alone:  normface cos(c);  cosface cos(c) - margin;  arcface cos(angle(c) + margin),
     which beyond an angle of pi - margin rises again, as published.
     Zero only with one class. Gradient: to `cosines`; always finite, at cosines of exactly -1 and 1 too.
     Raises ValueError for another kind, or a margin with normface, which has none.
     Source: scale 16 and normface are the official setting; normface arXiv:1704.06369, cosface 1801.09414, arcface 1801.07698.
     """
-    cosines = _at_least_float32(cosines)
+    cosines, labels = _at_least_float32(cosines), labels.long()
     if kind == "normface":
         if margin:
             raise ValueError(f"margin is {margin} but normface has none: leave it 0, or use kind 'cosface' or 'arcface'")

@@ -10,6 +10,8 @@ because getting it wrong is silent.
     timm     vit_* state dict                                gelu        1e-6   mean and std 0.5
              vit_*_clip_* (has norm_pre)                     gelu        1e-5   CLIP's
     CLIP     OpenAI / open_clip, keys `visual.*`             quick_gelu  1e-5   CLIP's
+
+DeiT, DINO and MAE files have timm's keys too, but were trained on ImageNet's mean and std: not supported, since no key tells.
 """
 
 import pickle

@@ -61,7 +61,8 @@ class DomainSampler:
         position = self._step % self.period
         if position == 0:
             self._weights = self.weights
-            self._forget_window()
+            if self._step:
+                self._forget_window()
             self._order = self._order_of_period(self._weights)
         self._step += 1
         return self._order[position]

@@ -4,7 +4,7 @@
     python udon.py train --data DIR --out runs/real         # your images: UnED layout, or <domain>/<class>/ folders
     python udon.py train --out runs/real --resume           # goes on where it stopped
 
-The last lines are the test table: R@1 and mMP@5 on classes never trained on, beside the same network untrained.
+A run ends with the test table: R@1 and mMP@5 on classes never trained on, beside the same network untrained.
 
     compute_losses(model, images, labels, domain)  -> Losses: the method, for one batch
     training_step(...)                             -> one step of Figure 2
@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import os
+import shlex
 import time
 import typing
 import warnings
@@ -28,7 +29,7 @@ import data
 import evaluate
 import pretrained
 from losses import classification_loss, logit_distillation_loss, relational_distillation_loss
-from model import SIZES
+from model import ACTIVATIONS, SIZES
 from sampler import STRATEGIES, DomainSampler
 
 METHODS = ("udon", "usc", "ujc")
@@ -50,6 +51,8 @@ class Config:
     model: str = option("mini", "size of the ViT (paper: b16)", tuple(SIZES))
     image_size: int | None = option(None, "pixels; none: the model's own, 48 for mini, 224 for the others (paper: 224)")
     init: str | None = option(None, "file of public ViT weights to start from (paper: AugReg or CLIP)")
+    init_activation: str | None = option(None, "activation of those weights where the file cannot tell, such as gelu for "
+                                               "open_clip's LAION weights; none: the family's", tuple(ACTIVATIONS))
     student_dim: int = option(64, "width of the universal embedding (paper: 64)")
     teacher_dim: int = option(256, "width of the teachers' embeddings (paper: 256)")
 
@@ -83,7 +86,7 @@ class Config:
     save_every: int = option(200, "steps between checkpoints, beside those at validations: what a killed run repeats at most")
     workers: int | None = option(None, "processes that load images; none: 0 if the images fit in memory, else one a processor, "
                                         "at most 8")
-    device: str = option(evaluate.default_device(), "cpu, cuda, cuda:1 ...")
+    device: str | None = option(None, "cpu, cuda, cuda:1 ...; none: cuda where there is one")
 
     def __post_init__(self):
         """Raises data.InputError for a value outside its range."""
@@ -93,6 +96,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= least):
                 raise data.InputError(f"{flag(name)} is {value}: it must be {least} or more")
+        if self.seed >= 2**63:
+            raise data.InputError(f"--seed is {self.seed}: it must be below 2^63")
         if not 0 < self.epochs < math.inf:
             raise data.InputError(f"--epochs is {self.epochs}: it must be above 0")
         if min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf:
@@ -134,6 +139,8 @@ def compute_losses(model, images, labels, domain, *, weights=(1, 1, 1, 1), relat
 
     total = the mean of the four, weighted by `weights` in the order of Losses' fields. Source: paper section 3.
     """
+    if len(weights) != 4:
+        raise ValueError(f"weights are {weights}: give four, one for each loss")
     outputs = model(images, domain)                                             # backbone once, both heads, both classifiers
     distilled, distilled_cosines = outputs.student, outputs.student_cosines
     if not distill_into_backbone:                                               # the same values, cut off from the backbone
@@ -180,7 +187,7 @@ def training_step(step, model, batches, sampler, optimizer, config, run):
         losses = single_model_loss(model, images, labels + first, classifier, classification=config.classification,
                                    margin=config.margin)
 
-    # 5  Nothing that is not finite reaches the weights.
+    # 5  A loss that is not finite stops the run before it reaches the weights.
     values = Losses(*(None if loss is None else loss.item() for loss in losses))
     for term, value in values._asdict().items():
         if value is not None and not math.isfinite(value):
@@ -249,12 +256,14 @@ def build_model(config, counts):
         backbone["image_size"] = config.image_size
     architecture = {"backbone": backbone, "classes": counts if config.method != "ujc" else {"joint": sum(counts.values())},
                     "student_dim": config.student_dim, "teacher_dim": config.teacher_dim if config.method == "udon" else 0}
-    with torch.random.fork_rng(), warnings.catch_warnings(record=True) as notes:
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         torch.manual_seed(config.seed)
         try:
             model = evaluate.build(architecture)
-            preprocessing = pretrained.load(model.backbone, config.init) if config.init else pretrained.HALF
+            preprocessing = pretrained.HALF
+            if config.init:
+                preprocessing = pretrained.load(model.backbone, config.init, activation=config.init_activation)
         except ValueError as error:
             raise data.InputError(str(error)) from None
     for note in notes:
@@ -286,14 +295,17 @@ def train(config, resume=False):
     """Trains to the end, writes the run folder config.out, and prints the test table. Returns the contents of test.json.
 
     With `resume` the run goes on from its last.pt; the weights it ends with are those of an uninterrupted run, bit for bit
-    (on the same machine and number of threads). Raises data.InputError for whatever the user can mend.
+    (on a CPU with the same number of threads). Raises data.InputError for whatever the user can mend.
     """
+    config = resolve(config)
     out = Path(config.out)
     benchmark = data.Benchmark(config.data)
     splits = {domain: benchmark.split(domain, "train") for domain in benchmark.domains}
     counts = {domain: split.num_classes for domain, split in splits.items()}
     if resume:
         model, state = evaluate.load_checkpoint(out / "last.pt", config.device)
+        if "optimizer" not in state:
+            raise data.InputError(f"{out / 'last.pt'} is a best.pt, which holds no optimizer: give the run's own last.pt")
         architecture, preprocessing = state["architecture"], state["preprocessing"]
         if state["classes"] != counts:
             raise data.InputError(f"--data {config.data} has the classes {counts}, the run {out} was started with "
@@ -322,14 +334,13 @@ def train(config, resume=False):
     if resume:
         optimizer.load_state_dict(state["optimizer"])
         sampler.load_state_dict(state["sampler"])
-        step, best, untrained = state["step"], state["best"], state["untrained"]
+        step, validated, best, untrained = state["step"], state["validated"], state["best"], state["untrained"]
         if step > run.steps:
             raise data.InputError(f"--steps is {run.steps}: the run {out} has done {step} already, give that or more")
-        keep_metrics_until(step, out / "metrics.jsonl")
         print(f"resumed at step {step:,} of {run.steps:,}")
     else:
         untrained = evaluate.evaluate(model, test_sets, preprocessing)
-        step, best = 0, {"step": 0, "recall_at_1": -1.0}
+        step, validated, best = 0, 0, {"step": 0, "recall_at_1": -1.0}
         print(f"untrained: mean R@1 {100 * untrained['mean']['recall_at_1']:.2f} on test")
 
     def checkpoint():
@@ -338,17 +349,31 @@ def train(config, resume=False):
 
     def save_last():
         save(out / "last.pt", {**checkpoint(), "optimizer": optimizer.state_dict(), "sampler": sampler.state_dict(), "best": best,
-                               "classes": counts, "untrained": untrained})
+                               "validated": validated, "classes": counts, "untrained": untrained})
 
     out.mkdir(parents=True, exist_ok=True)
     evaluate.write_json(out / "config.json", dataclasses.asdict(config))
+    keep_metrics_until(step, out / "metrics.jsonl")
     save_last()
 
-    model.train()
     first, started, waited = step, time.perf_counter(), 0.0
-    paused = 0.0                                                         # spent on validation and checkpoints
-    said = started
+    paused, said = 0.0, started                                          # paused: seconds of validation and checkpoints
     with open(out / "metrics.jsonl", "a", encoding="utf-8", buffering=1) as metrics:
+
+        def validate():
+            """Mean R@1 of the merged val index; the best so far goes to best.pt."""
+            nonlocal best, validated
+            results = evaluate.evaluate(model, val_sets, preprocessing)["mean"]
+            model.train()
+            validated, better = step, results["recall_at_1"] > best["recall_at_1"]
+            if better:
+                best = {"step": step, "recall_at_1": results["recall_at_1"]}
+                save(out / "best.pt", checkpoint())
+            metrics.write(json.dumps({"step": step, "val": results, "sampler_weights": sampler.weights}) + "\n")
+            print(f"step {step:,} validation: mean R@1 {100 * results['recall_at_1']:.2f}, mMP@5 {100 * results['mmp_at_5']:.2f}"
+                  f"{' (best so far)' if better else ''}", flush=True)
+
+        model.train()
         stream = data.stream(batches, sampler, step, run.steps, workers)
         while step < run.steps:
             domain, losses, seconds = training_step(step, model, stream, sampler, optimizer, config, run)
@@ -364,20 +389,14 @@ def train(config, resume=False):
                 print(f"step {step:,} of {run.steps:,}   loss {losses.total:.3f} ({domain})   {rate * config.batch_size:,.0f} "
                       f"images/s   waiting for data {100 * waited / training:.1f} %   {clock((run.steps - step) / rate)} left",
                       flush=True)
-            validating = step % (config.val_every or run.steps_per_epoch) == 0 or step == run.steps
-            if validating:
-                results = evaluate.evaluate(model, val_sets, preprocessing)["mean"]
-                model.train()
-                better = results["recall_at_1"] > best["recall_at_1"]
-                if better:
-                    best = {"step": step, "recall_at_1": results["recall_at_1"]}
-                    save(out / "best.pt", checkpoint())
-                metrics.write(json.dumps({"step": step, "val": results, "sampler_weights": sampler.weights}) + "\n")
-                print(f"step {step:,} validation: mean R@1 {100 * results['recall_at_1']:.2f}, mMP@5 "
-                      f"{100 * results['mmp_at_5']:.2f}{' (best so far)' if better else ''}", flush=True)
-            if validating or step % config.save_every == 0:
+            if step % (config.val_every or run.steps_per_epoch) == 0:
+                validate()
+            if validated == step or step % config.save_every == 0:
                 save_last()
                 paused += time.perf_counter() - now
+        if validated != step:
+            validate()
+            save_last()
 
     model, best_checkpoint = evaluate.load_checkpoint(out / "best.pt", config.device)
     results = {**evaluate.evaluate(model, test_sets, preprocessing), "checkpoint": str(out / "best.pt"),
@@ -386,8 +405,8 @@ def train(config, resume=False):
     evaluate.write_json(out / "test.json", results)
     print(f"\n{out / 'best.pt'}, step {best_checkpoint['step']}: student embedding, test queries, merged index")
     print(evaluate.table(results, results["untrained"]))
-    again = f" --data {config.data}" if config.data else ""
-    print(f"the same again: python evaluate.py {out / 'best.pt'}{again}")
+    arguments = [str(out / "best.pt"), *(["--data", config.data] if config.data else []), "--device", config.device]
+    print(f"the same again: python evaluate.py {shlex.join(arguments)}")
     return results
 
 
@@ -395,7 +414,7 @@ def describe(config, run, counts, splits, model):
     """Prints what is about to be trained: every option that differs from its default, the data, the sizes."""
     defaults = resolve(Config(out=config.out, init=config.init))
     different = [f"{flag(f.name)} {getattr(config, f.name)}" for f in dataclasses.fields(Config)
-                 if getattr(config, f.name) != getattr(defaults, f.name)]
+                 if getattr(config, f.name) != getattr(defaults, f.name) or (f.name == "init" and config.init)]
     print(f"{config.method} on {config.data or 'the procedural domains'} into {config.out}; differing from the defaults: "
           f"{', '.join(different) or 'nothing'}")
     for domain, split in splits.items():
@@ -435,14 +454,15 @@ def resolve(config):
         config, out=config.out or time.strftime("runs/%Y%m%d-%H%M%S"),
         head_lr=config.head_lr if config.head_lr is not None else 1e-3 if tuned else 2e-3,
         backbone_lr=config.backbone_lr if config.backbone_lr is not None else 1e-5 if tuned else 1e-3,
-        frozen_epochs=config.frozen_epochs if config.frozen_epochs is not None else 2.0 if tuned else 0.0)
+        frozen_epochs=config.frozen_epochs if config.frozen_epochs is not None else 2.0 if tuned else 0.0,
+        device=config.device or evaluate.default_device())
 
 
 def configuration(given, resume):
     """The resolved Config of a run from the options given: a new run's, or with `resume` that of the run in --out."""
     out = Path(given.get("out") or "")
     if not resume:
-        if given.get("out") and ((out / "config.json").exists() or (out / "last.pt").exists()):
+        if given.get("out") and (out / "last.pt").exists():
             raise data.InputError(f"--out {out} holds a run already: go on with it by --resume, or give another folder")
         config = resolve(Config(**given))
     else:
@@ -460,12 +480,10 @@ def configuration(given, resume):
                 raise data.InputError(f"{flag(name)} is {value}, the run {out} was started with {getattr(saved, name)}: leave it "
                                       "out, or start a new run in another folder")
         config = dataclasses.replace(saved, **given)
-    if out.exists() and not out.is_dir():
-        raise data.InputError(f"--out {out} is a file: give a folder")
-    try:
-        torch.empty(1, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise data.InputError(f"--device {config.device} cannot be used ({str(error).splitlines()[0]}): use cpu") from None
+    folder = next(p for p in (Path(config.out).absolute(), *Path(config.out).absolute().parents) if p.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise data.InputError(f"--out {config.out} cannot be written, since {folder} is a file or not yours: give another folder")
+    evaluate.check_device(config.device)
     return config
 
 

@@ -18,7 +18,7 @@ NOTHING = -(2**63)                        # a key below that of any score
 
 
 def cosine_topk(queries, index, k, *, exclude=None, backend="auto"):
-    """The k rows of `index` most similar to each query, exactly.
+    """The k rows of `index` most similar to each query: exhaustive search, similarities told apart down to 2^-24.
 
     queries (Q, D), index (G, D): floating point, any norm (rows are L2-normalised inside; a zero row has similarity 0 to all).
     exclude: (Q,) integers, an index row that each query may not return, or -1.
@@ -29,12 +29,13 @@ def cosine_topk(queries, index, k, *, exclude=None, backend="auto"):
     backend: "torch", "auto" (the fastest there is; torch so far), "triton" (not built yet).
     Raises ValueError for shapes, types or values that do not fit, and for k above the number of rows left to a query.
     """
+    queries, index = torch.as_tensor(queries), torch.as_tensor(index)
     if backend == "triton":
         raise NotImplementedError("backend 'triton' is not built yet: use 'auto' or 'torch'")
     if backend not in ("auto", "torch"):
         raise ValueError(f"backend {backend!r} is unknown: use 'auto', 'torch' or 'triton'")
     exclude = _validated(queries, index, k, exclude)
-    return _torch_topk(queries, index, k, exclude)
+    return _torch_topk(queries, index, int(k), exclude)
 
 
 def _validated(queries, index, k, exclude):
@@ -58,7 +59,7 @@ def _validated(queries, index, k, exclude):
             raise ValueError(f"exclude holds {int(exclude[outside][0])}: it must hold rows of the index, 0 to "
                              f"{len(index) - 1}, or -1")
         left -= int((exclude >= 0).any())
-    if not isinstance(k, int) or not 1 <= k <= left:
+    if k != int(k) or not 1 <= k <= left:
         raise ValueError(f"k is {k}: it must be from 1 to {left}, the rows of the index less the excluded one")
     return exclude
 
@@ -72,13 +73,12 @@ def _unit(rows):
 
 def _torch_topk(queries, index, k, exclude):
     device = queries.device
-    index = _unit(index.to(device))                                                                # (G, D) float64
     best = torch.full((len(queries), k), NOTHING, dtype=torch.int64, device=device)                # (Q, k) keys
     for top in range(0, len(queries), QUERY_BLOCK):
         unit = ONE * _unit(queries[top:top + QUERY_BLOCK])                                         # (q, D) float64
         mine = best[top:top + QUERY_BLOCK]                                                         # a view
         for left in range(0, len(index), INDEX_BLOCK):
-            part = (unit @ index[left:left + INDEX_BLOCK].T).round_()                              # (q, g)
+            part = (unit @ _unit(index[left:left + INDEX_BLOCK].to(device)).T).round_()            # (q, g)
             if exclude is not None:
                 column = exclude[top:top + QUERY_BLOCK] - left
                 here = ((column >= 0) & (column < part.shape[1])).nonzero()[:, 0]

@@ -134,6 +134,8 @@ TRAIN_MISTAKES = {
     "margin missing": (["train", "--classification", "arcface"], "--margin is 0.0"),
     "period below the domains": (["train", "--period", "7"], "period 7"),
     "image size": (["train", "--image-size", "50"], "50"),
+    "seed too large": (["train", "--seed", "99999999999999999999"], "--seed is 99999999999999999999"),
+    "a device that does not compute": (["train", "--device", "meta"], "meta"),
     "unknown device": (["train", "--device", "abacus"], "abacus"),
     "missing data": (["train", "--data", "no/such/folder"], "no/such/folder"),
     "missing weights": (["train", "--init", "no.npz", "--model", "s16"], "no.npz"),
@@ -160,6 +162,16 @@ def test_mistakes_about_the_run_folder(trained, uned, tmp_path, capsys):
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     (tmp_path / "file").write_text("x")
     fails(capsys, udon.main, ["train", "--out", tmp_path / "file"], "file")
+    fails(capsys, udon.main, ["train", "--out", tmp_path / "file" / "run"], "file")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pt").write_bytes((out / "best.pt").read_bytes())
+    (tmp_path / "run" / "config.json").write_bytes((out / "config.json").read_bytes())
+    fails(capsys, udon.main, ["train", "--out", tmp_path / "run", "--resume"], "last.pt", "optimizer")
+
+
+def test_weights_that_diverge_stop_the_run(uned, tmp_path, capsys):
+    fails(capsys, udon.main, ["train", "--data", uned, "--out", tmp_path / "run", *QUICK, "--steps", "1", "--backbone-lr", "1e38"],
+          "not finite", "learning rates")
 
 
 def test_resuming_on_other_data(trained, class_folders, capsys):
@@ -178,8 +190,10 @@ def test_a_damaged_checkpoint(trained, uned, tmp_path, capsys):
     for name, contents in {"empty.pt": b"", "half.pt": best[:len(best) // 2], "text.pt": b"not a checkpoint"}.items():
         (tmp_path / name).write_bytes(contents)
         fails(capsys, evaluate.main, [tmp_path / name, "--data", uned], name)
-    torch.save({"model": 1}, tmp_path / "other.pt")
-    fails(capsys, evaluate.main, [tmp_path / "other.pt"], "other.pt")
+    whole = torch.load(trained[0] / "best.pt", weights_only=True)
+    for spoilt in ({"model": 1}, {**whole, "model": {}}, {**whole, "architecture": {"backbone": {"depth": 1, "size": 3}}}):
+        torch.save(spoilt, tmp_path / "other.pt")
+        fails(capsys, evaluate.main, [tmp_path / "other.pt"], "other.pt")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     fails(capsys, evaluate.main, [tmp_path / "tensor.pt"], "tensor.pt")
     fails(capsys, evaluate.main, [tmp_path / "missing.pt"], "missing.pt")
@@ -193,6 +207,7 @@ def test_mistakes_in_evaluation(trained, uned, class_folders, tmp_path, capsys):
     fails(capsys, evaluate.main, [best, "--data", uned, "--embedding", "teacher", "--index", "merged"], "separate")
     fails(capsys, evaluate.main, [best, "--data", class_folders, "--embedding", "teacher"], "plants")
     fails(capsys, evaluate.main, [best, "--data", uned, "--json", tmp_path / "no" / "out.json"], "out.json")
+    fails(capsys, evaluate.main, [best, "--data", uned, "--json", tmp_path], tmp_path)
     fails(capsys, evaluate.main, [best, "--data", uned, "--device", "abacus"], "abacus")
 
 

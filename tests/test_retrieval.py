@@ -449,4 +449,3 @@ def test_open_sets_shares_the_images_where_the_index_is_the_query_split():
     assert list(sets) == ["a", "b"]
     assert sets["a"].queries is sets["a"].index and sets["a"].queries.split is splits["a", "test"]
     assert sets["b"].queries.split is splits["b", "test"] and sets["b"].index.split is splits["b", "index"]
-    assert list(evaluate.open_sets(benchmark, "test", 2, domains=["b"])) == ["b"]

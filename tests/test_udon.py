@@ -121,6 +121,11 @@ def test_losses_and_all_gradients_of_a_step(seed, into_backbone, weights, scale)
         assert a is None or torch.allclose(a, b, rtol=1e-8, atol=1e-11), f"{name}: {abs(a - b).max()}"
 
 
+def test_there_are_four_weights():
+    with pytest.raises(ValueError, match="give four"):
+        udon.compute_losses(tiny_model(), *tiny_batch(), "birds", weights=(1, 1, 1))
+
+
 def test_both_rules_give_the_same_losses():
     model = tiny_model()
     rules = [udon.compute_losses(model, *tiny_batch(), "birds", distill_into_backbone=rule) for rule in (False, True)]
@@ -293,6 +298,16 @@ def test_n_steps_and_n_more_equal_2n(uned, tmp_path, capsys, method, options):
     assert "resumed at step 7 of 14" in capsys.readouterr().out
 
 
+def test_a_run_stopped_between_validations_is_validated_on_resuming(uned, tmp_path, capsys):
+    """last.pt of step 2, no best.pt yet, and no step left to do."""
+    train(uned, tmp_path / "run", "--steps", "4", "--val-every", "100")
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    torch.save({**state, "validated": 0, "best": {"step": 0, "recall_at_1": -1.0}}, tmp_path / "run" / "last.pt")
+    (tmp_path / "run" / "best.pt").unlink()
+    udon.main(["train", "--out", str(tmp_path / "run"), "--resume"])
+    assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["step"] == 4
+
+
 def test_a_killed_run_ends_with_the_same_weights(uned, tmp_path):
     command = [sys.executable, str(ROOT / "udon.py"), "train", "--data", str(uned), *QUICK, "--steps", "40", "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
@@ -368,6 +383,14 @@ def test_init_fills_the_backbone_and_its_preprocessing(uned, tmp_path, capsys):
     assert architecture["backbone"]["activation"] == "gelu" and preprocessing["mean"] == (0.5, 0.5, 0.5)
     assert (config.backbone_lr, config.frozen_epochs) == (1e-5, 2.0), "the paper's settings go with public weights"
     assert (resolved().backbone_lr, resolved().frozen_epochs) != (1e-5, 2.0)
+
+
+def test_the_activation_of_weights_that_do_not_tell_it(tmp_path):
+    public = ViT(32, 16, 384, 12, 6, pre_norm=True)
+    torch.save(public.state_dict(), tmp_path / "clip.pth")
+    for given, expected in ((None, "gelu"), ("quick_gelu", "quick_gelu")):
+        config = resolved(model="s16", image_size=32, init=str(tmp_path / "clip.pth"), init_activation=given)
+        assert udon.build_model(config, CLASSES)[1]["backbone"]["activation"] == expected
 
 
 def test_the_global_random_state_is_left_alone():
