@@ -394,10 +394,10 @@ def _draw_texture(rng, look):
         x = -x
     field = np.zeros_like(x)
     for wavelength, angle in (look[:2], look[2:]):
-        cycles = 3.0 * 1.7 ** (wavelength + rng.normal(0, 0.07))
-        theta = np.pi / 2 * (angle / 3) + rng.normal(0, 0.04)
+        cycles = 3.0 * 1.7 ** (wavelength + rng.normal(0, 0.03))
+        theta = np.pi / 2 * (angle / 3) + rng.normal(0, 0.02)
         field += np.sin(2 * np.pi * cycles * (x * np.cos(theta) + y * np.sin(theta)) + rng.uniform(0, 2 * np.pi))
-    blend = (1 / (1 + np.exp(-2.5 * field)))[..., None]
+    blend = (1 / (1 + np.exp(-4 * field)))[..., None]
     low, high = _colour(rng, value=(0.1, 0.5)), _colour(rng, value=(0.6, 1.0))
     if rng.random() < 0.5:
         low, high = high, low

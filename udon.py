@@ -59,7 +59,7 @@ class Config:
     sampler: str = option("dynamic", "which domain the next batch comes from (paper: dynamic)", STRATEGIES)
     period: int = option(100, "steps between two updates of the dynamic sampler's weights (paper: 1000, of 221,180 steps)")
     batch_size: int = option(32, "images a step, all of one domain (paper: 128)")
-    epochs: float = option(20.0, "passes over as many images as all domains have (paper: 10)")
+    epochs: float = option(24.0, "passes over as many images as all domains have (paper: 10)")
     steps: int | None = option(None, "training steps, in place of --epochs")
 
     head_lr: float | None = option(None, "learning rate of heads and classifiers; none: 1e-3 with --init (paper), 2e-3 without")
