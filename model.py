@@ -121,6 +121,7 @@ class ViT(nn.Module):
                              f"multiple of the {heads} heads")
         self.architecture = dict(image_size=image_size, patch_size=patch_size, width=width, depth=depth, heads=heads,
                                  mlp_ratio=mlp_ratio, stem=stem)
+        self.width = width
         self.patch_embed = PatchEmbed(patch_size, width, stem)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, width))
@@ -204,7 +205,7 @@ class Outputs(NamedTuple):
 class UDON(nn.Module):
     """Backbone, student head, and per domain: a teacher head, a student classifier, a teacher classifier.
 
-    backbone     a module (B, 3, H, W) -> (B, D) with D in its `architecture["width"]`, such as ViT
+    backbone     a module (B, 3, H, W) -> (B, D) with D as its attribute `width`, such as ViT
     classes      {domain: number of training classes}; every per-domain module is keyed by the domain's name
     teacher_dim  0 leaves the teachers out: the single-model baselines
     Raises ValueError for a domain name that cannot name a parameter, or without one class, and for an unknown domain.
@@ -216,12 +217,11 @@ class UDON(nn.Module):
             if not domain or "." in domain or hasattr(nn.ModuleDict(), domain) or count < 1:
                 raise ValueError(f"domain {domain!r} with {count} classes: the name must have no dot and be none, such as 'keys', "
                                  "that torch.nn.ModuleDict uses itself, and there must be at least 1 class: rename the domain")
-        width = backbone.architecture["width"]
         self.backbone = backbone
-        self.student_head = Head(width, student_dim)
+        self.student_head = Head(backbone.width, student_dim)
         self.student_classifiers = nn.ModuleDict({d: CosineClassifier(student_dim, c) for d, c in classes.items()})
         taught = classes if teacher_dim else {}
-        self.teacher_heads = nn.ModuleDict({d: Head(width, teacher_dim) for d in taught})
+        self.teacher_heads = nn.ModuleDict({d: Head(backbone.width, teacher_dim) for d in taught})
         self.teacher_classifiers = nn.ModuleDict({d: CosineClassifier(teacher_dim, c) for d, c in taught.items()})
 
     def forward(self, images, domain):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import evaluate
 import udon
 
@@ -71,6 +72,18 @@ def test_embeddings_and_indexes(trained, uned, tmp_path, capsys, embedding, inde
     assert result["index"] == (index or "separate") and result["embedding"] == embedding and result["split"] == "val"
     assert result["domains"]["cars"]["queries"] == result["domains"]["cars"]["index"] == 20
     assert embedding in capsys.readouterr().out
+
+
+def test_the_readmes_snippet(trained, uned, capsys):
+    """It gives the embedding that evaluation gives the same image."""
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    picture = uned / "images" / "birds" / "test" / "8_0.png"
+    names = {}
+    exec(code.replace("runs/real", str(trained[0])).replace("picture.jpg", str(picture)), names)
+    assert names["embedding"].shape == (1, 64) and abs(names["embedding"].norm().item() - 1) < 1e-6
+    images = data.TestImages(data.Benchmark(uned).split("birds", "test"), 32)
+    expected = evaluate.embed(names["model"].embed, images, names["statistics"]["mean"], names["statistics"]["std"], "cpu")[:1]
+    assert torch.allclose(names["embedding"], expected, atol=1e-5)
 
 
 def test_class_folders_are_trained_on(class_folders, tmp_path, capsys):
