@@ -84,8 +84,9 @@ class Benchmark:
         if self.root is None:
             self.domains = tuple(PROCEDURAL)
             return
-        if not self.root.is_dir():
-            raise InputError(f"data folder {root} is not a folder: give one in the UnED layout, or one of class folders per domain")
+        if not str(root) or not self.root.is_dir():
+            raise InputError(f"data folder {str(root)!r} is not a folder: give one in the UnED layout, or one of class folders per "
+                             "domain")
         self.manifests = self.root / "info_files" if (self.root / "info_files").is_dir() else None
         self.domains = tuple(sorted(p.name for p in (self.manifests or self.root).iterdir()
                                     if p.is_dir() and not p.name.startswith(".")))
@@ -114,7 +115,7 @@ class Benchmark:
         except OSError as error:
             raise InputError(f"manifest {file} cannot be opened ({error.strerror}): each domain needs train, val and "
                              "test") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"manifest {file} is not JSON ({error}): write a list of path and class_id") from None
         if not isinstance(entries, list) or not entries:
             raise InputError(f"manifest {file} holds no list of images: write a list of objects with path and class_id")

@@ -95,7 +95,7 @@ class Config:
                                 val_every=1, save_every=1, workers=0).items():
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= least):
-                raise data.InputError(f"{flag(name)} is {value}: it must be {least} or more")
+                raise data.InputError(f"{flag(name)} is {value}: it must be a finite number, {least} or more")
         if self.seed >= 2**63:
             raise data.InputError(f"--seed is {self.seed}: it must be below 2^63")
         if not 0 < self.epochs < math.inf:
@@ -522,6 +522,9 @@ def main(arguments=None):
         train(configuration(given, resume), resume)
     except data.InputError as error:
         parser.exit(2, f"udon.py: {error}\n")
+    except OSError as error:                                  # no room, no permission: checkpoints are whole all the same
+        place = error.filename or given.get("out", "runs")
+        parser.exit(2, f"udon.py: {place} cannot be used ({error.strerror or error}): mend that, and go on with --resume\n")
     except KeyboardInterrupt:
         parser.exit(130, "\nudon.py: interrupted; a run folder goes on from its last checkpoint with --resume\n")
 

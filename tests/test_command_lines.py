@@ -150,6 +150,8 @@ TRAIN_MISTAKES = {
     "seed too large": (["train", "--seed", "99999999999999999999"], "--seed is 99999999999999999999"),
     "a device that does not compute": (["train", "--device", "meta"], "meta"),
     "unknown device": (["train", "--device", "abacus"], "abacus"),
+    "a rate without end": (["train", "--backbone-lr", "inf"], "--backbone-lr is inf"),
+    "no name of data": (["train", "--data", ""], "data folder "),
     "missing data": (["train", "--data", "no/such/folder"], "no/such/folder"),
     "missing weights": (["train", "--init", "no.npz", "--model", "s16"], "no.npz"),
     "resume without a folder": (["train", "--resume"], "--out"),
@@ -185,6 +187,14 @@ def test_mistakes_about_the_run_folder(trained, uned, tmp_path, capsys):
 def test_weights_that_diverge_stop_the_run(uned, tmp_path, capsys):
     fails(capsys, udon.main, ["train", "--data", uned, "--out", tmp_path / "run", *QUICK, "--steps", "1", "--backbone-lr", "1e38"],
           "not finite", "learning rates")
+
+
+def test_a_disk_that_refuses(uned, tmp_path, monkeypatch, capsys):
+    def refuse(path, contents):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(udon, "save", refuse)
+    fails(capsys, udon.main, ["train", "--data", uned, "--out", tmp_path / "run", *QUICK], "No space left", "last.pt")
 
 
 def test_resuming_on_other_data(trained, class_folders, capsys):

@@ -282,6 +282,7 @@ def spoil(root, edit):
 
 BAD_MANIFESTS = {
     "not JSON": (lambda e: "[{", "not JSON"),
+    "nested without end": (lambda e: "[" * 100_000, "not JSON"),
     "empty": (lambda e: [], "no list of images"),
     "an object": (lambda e: {"a": 1}, "no list of images"),
     "no path": (lambda e: e.__setitem__(2, {"class_id": 1}), "entry 2"),
