@@ -86,6 +86,9 @@ def test_numbers_come_from_results():
     mean = runs[0]["mean"], runs[0]["untrained"]["mean"]
     printed = next(line for line in text.splitlines() if line.startswith("mean "))
     assert printed.split()[1:] == [f"{100 * m[metric]:.2f}" for m in mean for metric in ("recall_at_1", "mmp_at_5")]
+    for method in ("usc", "ujc"):
+        result = json.loads((ROOT / "results" / "baselines" / method / "test.json").read_text())
+        assert f"(`{method}`) {100 * result['mean']['recall_at_1']:.1f}" in text
     overhead = json.loads((ROOT / "results" / "step_overhead.json").read_text())
     assert all(shown in text for shown in (f"**{overhead['ratio_udon_to_usc']:.3f}**", overhead["command"], overhead["machine"]))
 
