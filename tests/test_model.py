@@ -32,15 +32,6 @@ STUDENT, TEACHER = 16, 24
 FAN_IN, FAN_OUT = 512, 400    # large enough that the sampling error of a standard deviation is below 0.2 %
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Several threads make networks this small slower, many times so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small_vit(**changes):
     return model.ViT(**(SMALL | changes))
 

@@ -52,15 +52,6 @@ IGNORED = {                   # what files of each family hold beside the backbo
 IGNORED["augreg_variant"] = IGNORED["augreg"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Several threads make networks this small slower, many times so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ---- weights in the layouts of the files ---------------------------------------------------------
 
 def shapes_of(family):
