@@ -75,29 +75,38 @@ class Split:
 class Benchmark:
     """The domains of one data folder, or without a folder the procedural ones; splits are read when asked for.
 
-    domains  names, sorted.   Raises InputError for a folder or manifest that cannot be used.
+    domains  names, sorted: all that the folder holds, or those asked for.
+    Raises InputError for a folder or manifest that cannot be used, and for a domain that is not there.
     """
 
-    def __init__(self, root=None):
+    def __init__(self, root=None, domains=None):
         self.root = None if root is None else Path(root)
         self.manifests = None
-        if self.root is None:
-            self.domains = tuple(PROCEDURAL)
-            return
+        self.domains = tuple(PROCEDURAL) if self.root is None else self._found(root)
+        if domains is not None:
+            for domain in domains:
+                self._check(domain)
+            self.domains = tuple(sorted(set(domains)))
+
+    def _found(self, root):
         if not str(root) or not self.root.is_dir():
             raise InputError(f"data folder {str(root)!r} is not a folder: give one in the UnED layout, or one of class folders per "
                              "domain")
         self.manifests = self.root / "info_files" if (self.root / "info_files").is_dir() else None
-        self.domains = tuple(sorted(p.name for p in (self.manifests or self.root).iterdir()
-                                    if p.is_dir() and not p.name.startswith(".")))
-        if not self.domains:
+        domains = tuple(sorted(p.name for p in (self.manifests or self.root).iterdir()
+                               if p.is_dir() and not p.name.startswith(".")))
+        if not domains:
             raise InputError(f"data folder {root} holds no domain: it needs info_files/<domain>/<split>.json and images/, or "
                              "<domain>/<class>/ folders of images")
+        return domains
+
+    def _check(self, domain):
+        if domain not in self.domains:
+            raise InputError(f"domain {domain!r} is not in {self.root or 'the procedural data'}: it has {', '.join(self.domains)}")
 
     def split(self, domain, name):
         """The split `name` ("train", "val", "test", "index", "small_index") of a domain."""
-        if domain not in self.domains:
-            raise InputError(f"domain {domain!r} is not in {self.root or 'the procedural data'}: it has {', '.join(self.domains)}")
+        self._check(domain)
         if self.root is None:
             return procedural_split(domain, name)
         return self._from_manifest(domain, name) if self.manifests else self._from_class_folders(domain, name)
@@ -211,10 +220,13 @@ class TrainBatches(Dataset):
 
     A batch is a function of (seed, step, domain): which images, without repetition where the domain has enough of them, and
     the crop and flip of each position. Splits stay decoded in memory where all of them fit into MEMORY_LIMIT bytes.
+    min_area   None for the paper's crop, of a fixed size; or crops of an area drawn from min_area..1 of the image's and an
+               aspect of 3:4 to 4:3, cut where they would not fit, and resized
     """
 
-    def __init__(self, splits, size, batch_size, seed, *, antialias=True):
+    def __init__(self, splits, size, batch_size, seed, *, antialias=True, min_area=None):
         self.splits, self.size, self.batch_size, self.seed, self.antialias = splits, size, batch_size, seed, antialias
+        self.min_area = min_area
         needed = sum(len(split) for split in splits.values()) * train_side(size) ** 2 * 3
         self.in_memory = needed <= MEMORY_LIMIT
         self.pixels = {d: _decoded(s, self._prepare) for d, s in splits.items()} if self.in_memory else None
@@ -224,15 +236,26 @@ class TrainBatches(Dataset):
 
     def __getitem__(self, key):
         step, domain = key
-        split, batch, size = self.splits[domain], self.batch_size, self.size
+        split, batch, size, side = self.splits[domain], self.batch_size, self.size, train_side(self.size)
         rng = np.random.default_rng((self.seed, step))
         rows = rng.choice(len(split), batch, replace=len(split) < batch)
-        corners = rng.integers(0, train_side(size) - size + 1, (batch, 2))
+        if self.min_area is None:
+            widths = heights = np.full(batch, size)
+            lefts, tops = rng.integers(0, side - size + 1, (2, batch))
+        else:
+            areas, aspects = rng.uniform(self.min_area, 1, batch), (4 / 3) ** rng.uniform(-1, 1, batch)
+            widths, heights = np.minimum(side, side * np.sqrt([areas * aspects, areas / aspects]))
+            lefts, tops = rng.random((2, batch)) * (side - np.stack([widths, heights]))
         flips = rng.random(batch) < 0.5
         images = np.empty((batch, 3, size, size), dtype=np.uint8)
-        for position, (row, (top, left), flip) in enumerate(zip(rows, corners, flips)):
+        for position, (row, left, top, width, height, flip) in enumerate(zip(rows, lefts, tops, widths, heights, flips)):
             whole = self.pixels[domain][row] if self.in_memory else self._prepare(split.image(row))
-            crop = whole[:, top:top + size, left:left + size]
+            if self.min_area is None:
+                crop = whole[:, top:top + size, left:left + size]
+            else:
+                box = (left, top, left + width, top + height)
+                crop = Image.fromarray(whole.transpose(1, 2, 0)).resize((size, size), Image.Resampling.BILINEAR, box=box)
+                crop = np.asarray(crop).transpose(2, 0, 1)
             images[position] = crop[:, :, ::-1] if flip else crop
         return torch.from_numpy(images), torch.from_numpy(split.classes[rows])
 

@@ -207,17 +207,20 @@ def _joined(parts):
                       [domain for p in parts for domain in p.domains])
 
 
-def table(results, untrained=None):
-    """The results as lines of text, in %; beside them those of the same network untrained."""
-    def line(name, row, other):
+def table(results, beside=None):
+    """The results as lines of text, in %; beside them others of the same queries, {name: results}."""
+    beside = beside or {}
+
+    def line(name, row, others):
         sizes = f"{row['queries']:9,}{row['index']:9,}" if "queries" in row else 18 * " "
-        beside = f"{100 * other['recall_at_1']:14.2f}{100 * other['mmp_at_5']:10.2f}" if other else ""
-        return f"{name:16}{sizes}{100 * row['recall_at_1']:10.2f}{100 * row['mmp_at_5']:10.2f}{beside}"
+        columns = [f"{100 * row['recall_at_1']:10.2f}{100 * row['mmp_at_5']:10.2f}"]
+        columns += [f"{100 * other['recall_at_1']:16.2f}{100 * other['mmp_at_5']:8.2f}" for other in others]
+        return f"{name:16}{sizes}{''.join(columns)}"
 
     heading = f"{'domain':16}{'queries':>9}{'index':>9}{'R@1':>10}{'mMP@5':>10}"
-    heading += f"{'untrained R@1':>16}{'mMP@5':>8}" if untrained else ""
-    lines = [line(d, row, untrained and untrained["domains"][d]) for d, row in results["domains"].items()]
-    return "\n".join([heading, *lines, line("mean", results["mean"], untrained and untrained["mean"]), DEFINITIONS])
+    heading += "".join(f"{f'{name} R@1':>16}{'mMP@5':>8}" for name in beside)
+    lines = [line(d, row, [other["domains"][d] for other in beside.values()]) for d, row in results["domains"].items()]
+    return "\n".join([heading, *lines, line("mean", results["mean"], [other["mean"] for other in beside.values()]), DEFINITIONS])
 
 
 def load_checkpoint(path, device="cpu"):
@@ -277,39 +280,42 @@ def report(options):
     if options.json and (not Path(options.json).absolute().parent.is_dir() or Path(options.json).is_dir()):
         raise data.InputError(f"--json {options.json} must be a file in a folder that exists: make the folder first")
     check_device(options.device)
-    if options.embedding == "teacher" and options.index == "merged":
-        raise data.InputError("--embedding teacher with --index merged compares what different teachers say: use --index separate")
-    index = options.index or ("separate" if options.embedding == "teacher" else "merged")
     model, checkpoint = load_checkpoint(options.checkpoint, options.device)
-    root = options.data or checkpoint["config"]["data"]
-    benchmark = data.Benchmark(root)
+    embedding = options.embedding or checkpoint.get("embedding", "student")
+    index = options.index or ("separate" if embedding == "teacher" else "merged")
+    if (embedding, index) == ("teacher", "merged"):
+        raise data.InputError("--embedding teacher with --index merged compares what different teachers say: use --index separate")
+    root, domains = options.data or checkpoint["config"]["data"], options.domains or checkpoint["config"].get("domains")
+    benchmark = data.Benchmark(root, domains)
     untaught = [d for d in benchmark.domains if d not in model.teacher_heads]
-    if options.embedding == "teacher" and untaught:
+    if embedding == "teacher" and untaught:
         raise data.InputError(f"domain {untaught[0]!r} has no teacher in {options.checkpoint}, whose teachers are "
                               f"{list(model.teacher_heads)}: use --embedding student")
     preprocessing = checkpoint["preprocessing"]
     size = checkpoint["architecture"]["backbone"]["image_size"]
     sets = open_sets(benchmark, options.split, size, antialias=preprocessing["antialias"])
-    print(f"{options.checkpoint}, step {checkpoint['step']}, on {root or 'the procedural domains'}: {options.embedding} embedding, "
+    print(f"{options.checkpoint}, step {checkpoint['step']}, on {root or 'the procedural domains'}: {embedding} embedding, "
           f"{options.split} queries, {index} index")
     images = sum(len(part) for parts in sets.values() for part in set(parts))
     width = model.backbone.architecture["width"]
     print(f"{images:,} images; their embeddings take at most {4 * width * images / 1e6:,.0f} MB, the search a block of 16 MB more")
-    results = evaluate(model, sets, preprocessing, index=index, embedding=options.embedding)
+    results = evaluate(model, sets, preprocessing, index=index, embedding=embedding)
     print(table(results))
     if options.json:
         write_json(options.json, {**results, "checkpoint": str(options.checkpoint), "step": checkpoint["step"], "data": root,
-                                  "split": options.split, "index": index, "embedding": options.embedding})
+                                  "split": options.split, "index": index, "embedding": embedding})
 
 
 def main(arguments=None):
     parser = Parser(description="Retrieval metrics of a checkpoint, per domain and mean.")
     parser.add_argument("checkpoint", help="best.pt or last.pt of a run")
     parser.add_argument("--data", metavar="DIR", help="data folder (default: the data that the checkpoint was trained on)")
+    parser.add_argument("--domains", metavar="DOMAIN", nargs="+", help="(default: those that the run was told, else all)")
     parser.add_argument("--split", choices=("test", "val"), default="test", help="whose images are the queries (default: test)")
     parser.add_argument("--index", choices=("merged", "separate"),
                         help="search all domains' images, or the query's domain alone (default: merged; for teachers: separate)")
-    parser.add_argument("--embedding", choices=("student", "teacher", "backbone"), default="student", help="(default: student)")
+    parser.add_argument("--embedding", choices=("student", "teacher", "backbone"),
+                        help="(default: the one that the run trained, the student where there is one)")
     parser.add_argument("--json", metavar="FILE", help="write the results to this file too")
     parser.add_argument("--device", default=default_device(), help="(default here: %(default)s)")
     try:

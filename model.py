@@ -23,7 +23,8 @@ ACTIVATIONS = {
 }
 
 SIZES = {                                                         # S/16, B/16, L/16: arXiv:2010.11929 and 2106.10270
-    "mini": dict(image_size=48, patch_size=16, width=96, depth=2, heads=3, stem="conv"),    # ours: learns from small data
+    "micro": dict(image_size=48, patch_size=16, width=96, depth=2, heads=3, stem="conv"),   # ours: learn from small data, on a
+    "mini": dict(image_size=48, patch_size=16, width=128, depth=4, heads=4, stem="conv"),   # processor
     "s16": dict(image_size=224, patch_size=16, width=384, depth=12, heads=6),
     "b16": dict(image_size=224, patch_size=16, width=768, depth=12, heads=12),
     "l16": dict(image_size=224, patch_size=16, width=1024, depth=24, heads=16),
@@ -55,7 +56,7 @@ class PatchEmbed(nn.Module):
             if patch_size != 2**halvings or halvings < 1:
                 raise ValueError(f"patch size {patch_size} cannot be had from convolutions of stride 2: use a power of 2, or "
                                  "stem='patch'")
-            channels = [3] + [max(width >> shift, 8) for shift in range(halvings - 1, -1, -1)]
+            channels = [3] + [max(width * (i + 1) // halvings, 8) for i in range(halvings)]
             layers = []
             for before, after in zip(channels, channels[1:]):
                 layers += [StandardisedConv2d(before, after, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, after), nn.ReLU()]
@@ -167,16 +168,35 @@ class ViT(nn.Module):
         return self.norm(x)[:, 0]                                                                # (B, D)
 
 
-class Head(nn.Linear):
-    """(B, D) -> (B, width) unit rows: Linear with bias, then L2. Lecun-normal weights (truncated at 2 std), zero bias."""
+class LecunLinear(nn.Linear):
+    """Linear with bias; Lecun-normal weights (truncated at 2 std), zero bias."""
 
     def reset_parameters(self):
         std = self.in_features ** -0.5 / 0.87962566              # truncation at 2 std shrinks a normal to 0.8796 of its std
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(self.bias)
 
+
+class Head(LecunLinear):
+    """(B, D) -> (B, width) unit rows: Linear with bias, then L2."""
+
     def forward(self, x):
         return F.normalize(super().forward(x), dim=1)
+
+
+class MlpHead(nn.Sequential):
+    """(B, D) -> (B, width) unit rows: `layers` Linear layers, LayerNorm and GELU between them (the paper's variant), then L2."""
+
+    def __init__(self, in_width, width, layers):
+        between = [(LecunLinear(in_width, in_width), nn.LayerNorm(in_width), nn.GELU()) for _ in range(layers - 1)]
+        super().__init__(*sum(between, ()), LecunLinear(in_width, width))
+
+    def forward(self, x):
+        return F.normalize(super().forward(x), dim=1)
+
+
+def build_head(in_width, width, layers):
+    return Head(in_width, width) if layers == 1 else MlpHead(in_width, width, layers)
 
 
 class CosineClassifier(nn.Linear):
@@ -208,20 +228,21 @@ class UDON(nn.Module):
     backbone     a module (B, 3, H, W) -> (B, D) with D as its attribute `width`, such as ViT
     classes      {domain: number of training classes}; every per-domain module is keyed by the domain's name
     teacher_dim  0 leaves the teachers out: the single-model baselines
+    head_layers  1, or as many linear layers as an MLP head of the paper's appendix has, D wide between them
     Raises ValueError for a domain name that cannot name a parameter, or without one class, and for an unknown domain.
     """
 
-    def __init__(self, backbone, classes, *, student_dim=64, teacher_dim=256):
+    def __init__(self, backbone, classes, *, student_dim=64, teacher_dim=256, head_layers=1):
         super().__init__()
         for domain, count in classes.items():
             if not domain or "." in domain or hasattr(nn.ModuleDict(), domain) or count < 1:
                 raise ValueError(f"domain {domain!r} with {count} classes: the name must have no dot and be none, such as 'keys', "
                                  "that torch.nn.ModuleDict uses itself, and there must be at least 1 class: rename the domain")
         self.backbone = backbone
-        self.student_head = Head(backbone.width, student_dim)
+        self.student_head = build_head(backbone.width, student_dim, head_layers)
         self.student_classifiers = nn.ModuleDict({d: CosineClassifier(student_dim, c) for d, c in classes.items()})
         taught = classes if teacher_dim else {}
-        self.teacher_heads = nn.ModuleDict({d: Head(backbone.width, teacher_dim) for d in taught})
+        self.teacher_heads = nn.ModuleDict({d: build_head(backbone.width, teacher_dim, head_layers) for d in taught})
         self.teacher_classifiers = nn.ModuleDict({d: CosineClassifier(teacher_dim, c) for d, c in taught.items()})
 
     def forward(self, images, domain):

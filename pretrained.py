@@ -1,8 +1,11 @@
 """Reads public ViT weights into model.ViT.    Copy with: torch and numpy (safetensors for .safetensors files).
 
     load(vit, path) -> Preprocessing(mean, std)    fills the ViT in place, all of it or nothing
+    COMPACT                                        {size of model.SIZES: file} of the project's own weights
 
-Three families, told apart by the file's own keys; each fixes the activation, the LayerNorm epsilon, whether there is a norm
+    python pretrained.py RUN/best.pt FILE.pt       keeps of a checkpoint what `load` needs, in half precision
+
+Four families, told apart by the file's own keys; each fixes the activation, the LayerNorm epsilon, whether there is a norm
 before the blocks, and the statistics its images were normalised with. All of that is set here, and none of it by the user,
 because getting it wrong is silent.
 
@@ -10,19 +13,25 @@ because getting it wrong is silent.
     timm     vit_* state dict                                gelu        1e-6   mean and std 0.5
              vit_*_clip_* (has norm_pre)                     gelu        1e-5   CLIP's
     CLIP     OpenAI / open_clip, keys `visual.*`             quick_gelu  1e-5   CLIP's
+    ours     checkpoints of udon.py, keys `backbone.*`       as written in the checkpoint
 
 DeiT, DINO and MAE files have timm's keys too, but were trained on ImageNet's mean and std: not supported, since no key tells.
 """
 
 import pickle
 import re
+import sys
 import warnings
 import zipfile
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+
+COMPACT = {name: Path(__file__).with_name("weights") / f"{name}.pt" for name in ("micro", "mini")}
 
 
 class WeightsError(ValueError):
@@ -48,7 +57,7 @@ def load(vit, path, *, activation=None):
     Raises WeightsError, and leaves the ViT as it was, for a file of no known family, a backbone key missing or left over, or
     a size that differs.
     """
-    weights = _read(path)
+    weights, file = _read(path)
     heads = set()                                            # torch's layouts do not tell their number
     if any(key.startswith("Transformer/") for key in weights):
         family, preprocessing = ("gelu_tanh", 1e-6, False), HALF
@@ -59,6 +68,15 @@ def load(vit, path, *, activation=None):
         if activation is None and all(value.dtype != torch.float16 for value in weights.values()):      # OpenAI's have halves
             warnings.warn(f"{path} does not tell its activation: taken to be OpenAI's QuickGELU; pass activation='gelu' for "
                           "open_clip's LAION weights", stacklevel=2)
+    elif any(key.startswith("backbone.") for key in weights):
+        try:
+            ours = file["architecture"]["backbone"]
+            family, heads = (ours["activation"], ours["norm_eps"], ours["pre_norm"]), {ours["heads"]}
+            preprocessing = Preprocessing(file["preprocessing"]["mean"], file["preprocessing"]["std"])
+        except (KeyError, TypeError):
+            raise WeightsError(f"{path} has a checkpoint's weights without its architecture or preprocessing: give the best.pt or "
+                               "last.pt of a run as it was written") from None
+        weights = {key.removeprefix("backbone."): value for key, value in weights.items() if key.startswith("backbone.")}
     elif any(key.startswith(("patch_embed.", "blocks.")) for key in weights):
         weights = {key: value for key, value in weights.items() if not key.startswith(("head.", "pre_logits."))}
         family, preprocessing = ("gelu", 1e-6, False), HALF
@@ -69,7 +87,7 @@ def load(vit, path, *, activation=None):
                               "activation='quick_gelu' for timm's quickgelu models", stacklevel=2)
     else:
         raise WeightsError(f"{path} holds no ViT in AugReg, timm or CLIP layout (its first keys: {_some(weights)}): give one of "
-                           "those")
+                           "those, or a checkpoint of udon.py")
     family = (activation or family[0], *family[1:])
     _check(vit, weights, heads, family, path)
     vit.set_family(*family)
@@ -78,14 +96,14 @@ def load(vit, path, *, activation=None):
 
 
 def _read(path):
-    """{key: tensor} of a weight file, unwrapped from "state_dict", "model" and "module."."""
+    """{key: tensor} of a weight file, unwrapped from "state_dict", "model" and "module.", and the file's whole content."""
     try:
         if str(path).endswith(".npz"):
             with np.load(path, allow_pickle=False) as file:
-                return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
+                return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}, None
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
-            return load_file(path)
+            return load_file(path), None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                # torch.jit.load is deprecated; OpenAI's archives are of that kind
             if _is_torchscript(path):
@@ -103,13 +121,14 @@ def _read(path):
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise WeightsError(f"{path} is no weight file that can be read ({reason}): give a .npz, .safetensors, .pt or .pth "
                            "file of weights") from None
+    weights = content
     for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict):
+        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
+            weights = weights[wrapper]
+    if not isinstance(weights, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}: give a file that holds a state dict")
-    return {key.removeprefix("module."): value for key, value in content.items()
-            if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    return {key.removeprefix("module."): value for key, value in weights.items()
+            if isinstance(key, str) and isinstance(value, torch.Tensor)}, content
 
 
 def _is_torchscript(path):
@@ -232,3 +251,22 @@ def resize_position_table(table, grid):
 def _some(keys):
     keys = list(keys)
     return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
+
+
+def main(arguments):
+    if len(arguments) != 2:
+        sys.exit("usage: python pretrained.py RUN/best.pt FILE.pt")
+    source, target = arguments
+    try:
+        weights, file = _read(source)
+        kept = {"model": {key: value.half() for key, value in weights.items() if key.startswith("backbone.")},
+                "architecture": {"backbone": file["architecture"]["backbone"]}, "preprocessing": file["preprocessing"]}
+        torch.save(kept, target)
+    except (KeyError, TypeError):
+        sys.exit(f"pretrained.py: {source} is no checkpoint of udon.py: give a best.pt or last.pt")
+    except (WeightsError, OSError, RuntimeError) as error:
+        sys.exit(f"pretrained.py: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -32,7 +32,14 @@ from losses import classification_loss, logit_distillation_loss, relational_dist
 from model import ACTIVATIONS, SIZES
 from sampler import STRATEGIES, DomainSampler
 
-METHODS = ("udon", "usc", "ujc")
+METHODS = {                        # what is trained, and by which embedding, in which index, it is validated and tested
+    "udon": ("student", "merged"),          # student and the teachers of all domains, together
+    "usc": ("student", "merged"),           # a student with a classifier per domain; with one domain: a specialist
+    "ujc": ("student", "merged"),           # a student with one joint classifier, over the classes of all domains
+    "teachers": ("teacher", "separate"),    # the teachers of all domains, without a student
+    "distill": ("student", "merged"),       # a student with a backbone of its own, from frozen --teachers
+    "backbone": ("backbone", "merged"),     # nothing: the backbone as it is
+}
 
 
 # Configuration: every field is an option of the command line ---------------------------------------------------------------
@@ -46,26 +53,38 @@ def option(default, text, choices=None):
 class Config:
     data: str | None = option(None, "data folder; none: the procedural domains")
     out: str | None = option(None, "folder of the run; none: runs/<date>-<time>")
-    method: str = option("udon", "udon; baselines: usc, one student with a classifier per domain; ujc, with one joint classifier",
-                         METHODS)
+    domains: tuple[str, ...] | None = option(None, "train and test these domains alone; none: all of the folder")
+    method: str = option("udon", "udon; baselines: usc, a student with a classifier per domain; ujc, with one joint classifier; "
+                         "teachers, without a student; distill, a student from frozen --teachers; backbone, nothing trained",
+                         tuple(METHODS))
+    teachers: str | None = option(None, "for distill: a checkpoint of teachers or udon, or a folder of specialists, usc runs of "
+                                        "one domain each, <folder>/<domain>/best.pt")
+    beside: str | None = option(None, "baseline to train after it in the same way, into <out>/<baseline>, and to print beside "
+                                      "it; none: usc for udon on the procedural domains", ("usc", "ujc", "nothing"))
     model: str = option("mini", "size of the ViT (paper: b16)", tuple(SIZES))
     image_size: int | None = option(None, "pixels; none: the model's own, 48 for mini, 224 for the others (paper: 224)")
-    init: str | None = option(None, "file of public ViT weights to start from (paper: AugReg or CLIP)")
+    init: str | None = option(None, "ViT weights to start from: a file (paper: AugReg or CLIP), the project's own micro or mini, "
+                                    "or scratch; none: the model's own if it has some, else scratch")
     init_activation: str | None = option(None, "activation of those weights where the file cannot tell, such as gelu for "
                                                "open_clip's LAION weights; none: the family's", tuple(ACTIVATIONS))
     student_dim: int = option(64, "width of the universal embedding (paper: 64)")
     teacher_dim: int = option(256, "width of the teachers' embeddings (paper: 256)")
+    head_layers: int = option(1, "linear layers of each head, LayerNorm and GELU between them (paper: 1)")
 
     sampler: str = option("dynamic", "which domain the next batch comes from (paper: dynamic)", STRATEGIES)
+    signal: str | None = option(None, "whose classification loss the dynamic sampler follows; none: the teacher's (paper), or "
+                                      "the student's where no teacher is trained", ("teacher", "student"))
     period: int = option(100, "steps between two updates of the dynamic sampler's weights (paper: 1000, of 221,180 steps)")
-    batch_size: int = option(32, "images a step, all of one domain (paper: 128)")
-    epochs: float = option(24.0, "passes over as many images as all domains have (paper: 10)")
+    batch_size: int = option(64, "images a step, all of one domain (paper: 128)")
+    epochs: float = option(6.0, "passes over as many images as all domains have (paper: 10)")
     steps: int | None = option(None, "training steps, in place of --epochs")
 
-    head_lr: float | None = option(None, "learning rate of heads and classifiers; none: 1e-3 with --init (paper), 2e-3 without")
-    backbone_lr: float | None = option(None, "learning rate of the backbone; none: 1e-5 with --init (paper), 1e-3 without")
-    frozen_epochs: float | None = option(None, "epochs at the start that leave the backbone alone; none: 2 with --init (paper), "
-                                                "else 0")
+    head_lr: float | None = option(None, "learning rate of heads and classifiers; none: 1e-3 from public weights (paper), 3e-3 "
+                                         "from micro and mini, 2e-3 from scratch")
+    backbone_lr: float | None = option(None, "learning rate of the backbone; none: 1e-5 from public weights (paper), 3e-4 from "
+                                             "micro and mini, 1e-3 from scratch")
+    frozen_epochs: float | None = option(None, "epochs at the start that leave the backbone alone; none: 2 with public weights "
+                                               "(paper), 1 with micro and mini, 0 from scratch")
     schedule: str = option("constant", "course of both learning rates (paper: constant)", ("constant", "cosine"))
     warmup_steps: int = option(0, "steps over which both learning rates rise from 0 (paper: 0)")
     weight_decay: float = option(1e-6, "decoupled, on all parameters (paper: 1e-6)")
@@ -78,8 +97,13 @@ class Config:
     weights: tuple[float, float, float, float] = option((1.0, 1.0, 1.0, 1.0), "of the losses: teacher classification, student "
                                                         "classification, logit and relational distillation (paper: all 1)")
     relational_scale: float = option(32.0, "of the relational distillation loss (official: 32 at batch 128)")
+    negatives: str | None = option(None, "classes that the student's classification tells apart: the domain's own (paper), or "
+                                         "those of all domains, as ujc does; none: all for udon and distill with micro and mini, "
+                                         "else domain", ("domain", "all"))
     distill_into_backbone: bool = option(False, "let distillation train the backbone too, as the official code does (paper: no)")
 
+    min_area: float | None = option(None, "least share of a training image's area that a random crop keeps; none: crops of a "
+                                          "fixed size, 7/8 of the side (paper)")
     antialias: bool = option(True, "antialias when images are made smaller (official code: no)")
     seed: int = option(0, "of weights, batches and sampler")
     val_every: int | None = option(None, "steps between validations; none: an epoch")
@@ -90,18 +114,34 @@ class Config:
 
     def __post_init__(self):
         """Raises data.InputError for a value outside its range."""
-        for name, least in dict(image_size=1, student_dim=1, teacher_dim=1, period=1, batch_size=1, steps=1, head_lr=0,
-                                backbone_lr=0, frozen_epochs=0, warmup_steps=0, weight_decay=0, relational_scale=0, seed=0,
-                                val_every=1, save_every=1, workers=0).items():
+        for name, least in dict(image_size=1, student_dim=1, teacher_dim=1, head_layers=1, period=1, batch_size=1, steps=1,
+                                head_lr=0, backbone_lr=0, frozen_epochs=0, warmup_steps=0, weight_decay=0, relational_scale=0,
+                                seed=0, val_every=1, save_every=1, workers=0).items():
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= least):
                 raise data.InputError(f"{flag(name)} is {value}: it must be a finite number, {least} or more")
+        if self.min_area is not None and not 0 < self.min_area <= 1:
+            raise data.InputError(f"--min-area is {self.min_area}: it must be above 0, and 1 or less")
         if self.seed >= 2**63:
             raise data.InputError(f"--seed is {self.seed}: it must be below 2^63")
         if not 0 < self.epochs < math.inf:
             raise data.InputError(f"--epochs is {self.epochs}: it must be above 0")
         if min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf:
             raise data.InputError(f"--weights are {self.weights}: they must be 0 or more, and not all 0")
+        if (self.negatives, self.method) in (("domain", "ujc"), ("all", "usc")):
+            raise data.InputError(f"--negatives is {self.negatives} with --method {self.method}: usc has those of the domain, ujc "
+                                  "those of all domains; leave it out, or use the other method")
+        if (self.method == "distill") != (self.teachers is not None):
+            raise data.InputError(f"--teachers is {self.teachers} with --method {self.method}: distill needs teachers, a "
+                                  "checkpoint or a folder of specialists, and no other method takes them")
+        if self.method == "distill" and not sum(self.weights[1:]):
+            raise data.InputError(f"--weights are {self.weights} with --method distill, which has no use for the first: one of the "
+                                  "others must be above 0")
+        if self.signal == "teacher" and self.method not in ("udon", "teachers"):
+            raise data.InputError(f"--signal is teacher with --method {self.method}: only udon and teachers train a teacher, use "
+                                  "student")
+        if self.signal == "student" and self.method == "teachers":
+            raise data.InputError("--signal is student with --method teachers: there is no student, use teacher")
         if (self.margin != 0) == (self.classification == "normface") or not math.isfinite(self.margin):
             raise data.InputError(f"--margin is {self.margin} with --classification {self.classification}: normface takes none, "
                                   "cosface and arcface need one, such as 0.2")
@@ -134,30 +174,55 @@ class Losses(typing.NamedTuple):
 
 
 def compute_losses(model, images, labels, domain, *, weights=(1, 1, 1, 1), relational_scale=32.0, distill_into_backbone=False,
-                   classification="normface", margin=0.0):
+                   classification="normface", margin=0.0, negatives="domain", teachers=None):
     """The four losses of one batch, images (B, 3, H, W) and labels (B,) in 0..C-1, all of `domain`; -> Losses.
 
     total = the mean of the four, weighted by `weights` in the order of Losses' fields. Source: paper section 3.
+    negatives  "domain": the student's classification loss is over the domain's C classes, as published; "all": over those of
+               all domains, so that the student learns to keep the domains apart too, as its merged index needs
+    teachers   (images, domain) -> embedding (B, T), cosines (B, C): others than the model's own to distil from. A model
+               without teachers of its own has no teacher classification loss; the mean is then of three.
     """
     if len(weights) != 4:
         raise ValueError(f"weights are {weights}: give four, one for each loss")
     outputs = model(images, domain)                                             # backbone once, both heads, both classifiers
+    teacher, teacher_cosines = (outputs.teacher, outputs.teacher_cosines) if teachers is None else teachers(images, domain)
     distilled, distilled_cosines = outputs.student, outputs.student_cosines
     if not distill_into_backbone:                                               # the same values, cut off from the backbone
         distilled = model.student_head(outputs.backbone.detach())
         distilled_cosines = model.student_classifiers[domain](distilled)
     losses = (
-        classification_loss(outputs.teacher_cosines, labels, margin=margin, kind=classification),
-        classification_loss(outputs.student_cosines, labels, margin=margin, kind=classification),
-        logit_distillation_loss(distilled_cosines, outputs.teacher_cosines),    # detaches the teacher
-        relational_distillation_loss(distilled, outputs.teacher, scale=relational_scale),
+        teacher_classification(outputs, labels, margin=margin, kind=classification),
+        student_classification(model, outputs, labels, domain, negatives, margin=margin, kind=classification),
+        logit_distillation_loss(distilled_cosines, teacher_cosines),            # detaches the teacher
+        relational_distillation_loss(distilled, teacher, scale=relational_scale),
     )
-    return Losses(sum(w * loss for w, loss in zip(weights, losses)) / sum(weights), *losses)
+    terms = [(weight, loss) for weight, loss in zip(weights, losses) if loss is not None]
+    return Losses(sum(weight * loss for weight, loss in terms) / sum(weight for weight, _ in terms), *losses)
 
 
-def single_model_loss(model, images, labels, classifier, *, classification="normface", margin=0.0):
-    """The baselines' one loss, on the student with the named classifier: a domain's own (usc) or "joint" (ujc); -> Losses."""
-    loss = classification_loss(model(images, classifier).student_cosines, labels, margin=margin, kind=classification)
+def teacher_classification(outputs, labels, **settings):
+    return None if outputs.teacher is None else classification_loss(outputs.teacher_cosines, labels, **settings)
+
+
+def student_classification(model, outputs, labels, domain, negatives="domain", **settings):
+    if negatives == "domain":
+        return classification_loss(outputs.student_cosines, labels, **settings)
+    domains = list(model.student_classifiers)                      # their classes side by side: one joint classifier
+    first = sum(model.student_classifiers[other].out_features for other in domains[:domains.index(domain)])
+    cosines = [outputs.student_cosines if other == domain else model.student_classifiers[other](outputs.student)
+               for other in domains]
+    return classification_loss(torch.cat(cosines, dim=1), first + labels, **settings)
+
+
+def single_model_losses(model, images, labels, domain, method, *, classification="normface", margin=0.0):
+    """The one loss of a baseline, and no distillation: of the student alone (usc; ujc, with the classes of all domains), or
+    of the teachers alone; -> Losses."""
+    outputs, settings = model(images, domain), dict(margin=margin, kind=classification)
+    if method == "teachers":
+        loss = teacher_classification(outputs, labels, **settings)
+        return Losses(loss, loss, None, None, None)
+    loss = student_classification(model, outputs, labels, domain, "all" if method == "ujc" else "domain", **settings)
     return Losses(loss, None, loss, None, None)
 
 
@@ -178,14 +243,13 @@ def training_step(step, model, batches, sampler, optimizer, config, run):
     model.backbone.requires_grad_(step >= run.frozen_steps)
 
     # 4  Backbone once -> student and the domain's teacher -> cosines with the domain's classifiers -> four losses.
-    if config.method == "udon":
+    if config.method in ("udon", "distill"):
         losses = compute_losses(model, images, labels, domain, weights=config.weights, relational_scale=config.relational_scale,
                                 distill_into_backbone=config.distill_into_backbone, classification=config.classification,
-                                margin=config.margin)
+                                margin=config.margin, negatives=config.negatives, teachers=run.teachers)
     else:
-        classifier, first = run.classifier_of[domain]
-        losses = single_model_loss(model, images, labels + first, classifier, classification=config.classification,
-                                   margin=config.margin)
+        losses = single_model_losses(model, images, labels, domain, config.method, classification=config.classification,
+                                     margin=config.margin)
 
     # 5  A loss that is not finite stops the run before it reaches the weights.
     values = Losses(*(None if loss is None else loss.item() for loss in losses))
@@ -204,8 +268,8 @@ def training_step(step, model, batches, sampler, optimizer, config, run):
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     optimizer.step()
 
-    # 8  The sampler hears how hard the domain still is for its teacher (for the baselines: for the student).
-    sampler.observe(domain, values.teacher_classification if config.method == "udon" else values.student_classification)
+    # 8  The sampler hears how hard the domain still is for its teacher (or student: where there is no other).
+    sampler.observe(domain, getattr(values, f"{config.signal}_classification"))
     return domain, values, waited
 
 
@@ -217,19 +281,15 @@ class Run(typing.NamedTuple):
     steps: int
     steps_per_epoch: int                         # as in the paper: training images of all domains // batch size
     frozen_steps: int
-    classifier_of: dict                          # domain -> (its classifier, number of its first class there)
     preprocessing: dict                          # {"mean": (3), "std": (3), "antialias": bool}, goes into every checkpoint
     device: str
+    teachers: typing.Callable | None = None      # the frozen ones of `distill`
 
     @classmethod
-    def of(cls, config, splits, preprocessing):
+    def of(cls, config, splits, preprocessing, teachers=None):
         steps_per_epoch = max(1, sum(map(len, splits.values())) // config.batch_size)
-        classifier_of, first = {}, 0
-        for domain, split in splits.items():
-            classifier_of[domain] = ("joint", first) if config.method == "ujc" else (domain, 0)
-            first += split.num_classes
-        return cls(config.steps or max(1, int(config.epochs * steps_per_epoch)), steps_per_epoch,
-                   int(config.frozen_epochs * steps_per_epoch), classifier_of, preprocessing, config.device)
+        steps = 0 if config.method == "backbone" else config.steps or max(1, int(config.epochs * steps_per_epoch))
+        return cls(steps, steps_per_epoch, int(config.frozen_epochs * steps_per_epoch), preprocessing, config.device, teachers)
 
     @property
     def mean(self):
@@ -254,22 +314,59 @@ def build_model(config, counts):
     backbone = dict(SIZES[config.model])
     if config.image_size is not None:
         backbone["image_size"] = config.image_size
-    architecture = {"backbone": backbone, "classes": counts if config.method != "ujc" else {"joint": sum(counts.values())},
-                    "student_dim": config.student_dim, "teacher_dim": config.teacher_dim if config.method == "udon" else 0}
+    architecture = {"backbone": backbone, "classes": counts, "student_dim": config.student_dim,
+                    "teacher_dim": config.teacher_dim if trains_teachers(config) else 0, "head_layers": config.head_layers}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         torch.manual_seed(config.seed)
         try:
             model = evaluate.build(architecture)
             preprocessing = pretrained.HALF
-            if config.init:
-                preprocessing = pretrained.load(model.backbone, config.init, activation=config.init_activation)
+            if config.init != "scratch":
+                preprocessing = pretrained.load(model.backbone, pretrained.COMPACT.get(config.init, config.init),
+                                                activation=config.init_activation)
         except ValueError as error:
             raise data.InputError(str(error)) from None
     for note in notes:
         print(f"note: {note.message}")
     architecture["backbone"] = model.backbone.architecture                  # with what the weights' family fixed
     return model, architecture, {**preprocessing._asdict(), "antialias": config.antialias}
+
+
+def trains_teachers(config):
+    return config.method in ("udon", "teachers")
+
+
+class FrozenTeachers:
+    """The teachers of `distill`: (images (B, 3, H, W), domain) -> embedding (B, T) unit rows, cosines (B, C), no gradient.
+
+    path   a checkpoint with a teacher for each domain, or a folder of runs <domain>/best.pt, each of one domain's specialist
+    Raises data.InputError for teachers of other classes, or that want other images than the student.
+    """
+
+    def __init__(self, path, counts, size, preprocessing, device):
+        self.models = {}
+        if not Path(path).is_dir():
+            self.models = dict.fromkeys(counts, evaluate.load_checkpoint(path, device))
+        else:
+            self.models = {d: evaluate.load_checkpoint(Path(path, d, "best.pt"), device) for d in counts}
+        for domain, (model, checkpoint) in self.models.items():
+            classes = checkpoint["architecture"]["classes"].get(domain)
+            if classes != counts[domain]:
+                raise data.InputError(f"--teachers {path} know {classes or 'no'} classes of domain {domain}, which has "
+                                      f"{counts[domain]}: give teachers trained on the same data")
+            if (checkpoint["architecture"]["backbone"]["image_size"], checkpoint["preprocessing"]) != (size, preprocessing):
+                raise data.InputError(f"--teachers {path} take images of other size or statistics than the student, {size} pixels "
+                                      f"and {preprocessing}: train them with the same --image-size and --init")
+        self.models = {domain: model for domain, (model, _) in self.models.items()}
+
+    @torch.no_grad()
+    def __call__(self, images, domain):
+        model = self.models[domain]
+        outputs = model(images, domain)
+        if model.teacher_heads:
+            return outputs.teacher, outputs.teacher_cosines
+        return outputs.student, outputs.student_cosines                # a specialist: its student is the domain's teacher
 
 
 def build_optimizer(model, config):
@@ -299,7 +396,8 @@ def train(config, resume=False):
     """
     config = resolve(config)
     out = Path(config.out)
-    benchmark = data.Benchmark(config.data)
+    benchmark = data.Benchmark(config.data, config.domains)
+    embedding, index = METHODS[config.method]
     splits = {domain: benchmark.split(domain, "train") for domain in benchmark.domains}
     counts = {domain: split.num_classes for domain, split in splits.items()}
     if resume:
@@ -319,14 +417,18 @@ def train(config, resume=False):
                                 seed=config.seed)
     except ValueError as error:
         raise data.InputError(str(error)) from None
-    run = Run.of(config, splits, preprocessing)
+    size = architecture["backbone"]["image_size"]
+    teachers = None
+    if config.method == "distill":
+        teachers = FrozenTeachers(config.teachers, counts, size, preprocessing, config.device)
+    run = Run.of(config, splits, preprocessing, teachers)
     describe(config, run, counts, splits, model)
 
-    size = architecture["backbone"]["image_size"]
     started = time.perf_counter()
     test_sets = evaluate.open_sets(benchmark, "test", size, antialias=config.antialias)
     val_sets = evaluate.open_sets(benchmark, "val", size, antialias=config.antialias, keep=True)
-    batches = data.TrainBatches(splits, size, config.batch_size, config.seed, antialias=config.antialias)
+    batches = data.TrainBatches(splits, size, config.batch_size, config.seed, antialias=config.antialias,
+                                min_area=config.min_area)
     workers = config.workers if config.workers is not None else 0 if batches.in_memory else min(data.processors(), 8)
     print(f"training images decoded {'into memory' if batches.in_memory else 'as needed'}, {workers} workers; ready after "
           f"{time.perf_counter() - started:.1f} s")
@@ -339,13 +441,13 @@ def train(config, resume=False):
             raise data.InputError(f"--steps is {run.steps}: the run {out} has done {step} already, give that or more")
         print(f"resumed at step {step:,} of {run.steps:,}")
     else:
-        untrained = evaluate.evaluate(model, test_sets, preprocessing)
-        step, validated, best = 0, 0, {"step": 0, "recall_at_1": -1.0}
+        untrained = evaluate.evaluate(model, test_sets, preprocessing, index=index, embedding=embedding)
+        step, validated, best = 0, None, {"step": 0, "recall_at_1": -1.0}
         print(f"untrained: mean R@1 {100 * untrained['mean']['recall_at_1']:.2f} on test")
 
     def checkpoint():
         return {"model": model.state_dict(), "architecture": architecture, "preprocessing": preprocessing, "step": step,
-                "config": dataclasses.asdict(config)}
+                "embedding": embedding, "config": dataclasses.asdict(config)}
 
     def save_last():
         save(out / "last.pt", {**checkpoint(), "optimizer": optimizer.state_dict(), "sampler": sampler.state_dict(), "best": best,
@@ -363,7 +465,7 @@ def train(config, resume=False):
         def validate():
             """Mean R@1 of the merged val index; the best so far goes to best.pt."""
             nonlocal best, validated
-            results = evaluate.evaluate(model, val_sets, preprocessing)["mean"]
+            results = evaluate.evaluate(model, val_sets, preprocessing, index=index, embedding=embedding)["mean"]
             model.train()
             validated, better = step, results["recall_at_1"] > best["recall_at_1"]
             if better:
@@ -376,12 +478,14 @@ def train(config, resume=False):
         model.train()
         stream = data.stream(batches, sampler, step, run.steps, workers)
         while step < run.steps:
+            begun = time.perf_counter(), time.process_time()
             domain, losses, seconds = training_step(step, model, stream, sampler, optimizer, config, run)
+            spent = {"seconds": time.perf_counter() - begun[0], "cpu_seconds": time.process_time() - begun[1]}
             waited += seconds
             step += 1
             values = {term: value for term, value in losses._asdict().items() if value is not None}
             rates = {"backbone_lr": optimizer.param_groups[0]["lr"], "head_lr": optimizer.param_groups[1]["lr"]}
-            metrics.write(json.dumps({"step": step, "domain": domain, **values, **rates}) + "\n")
+            metrics.write(json.dumps({"step": step, "domain": domain, **values, **rates, **spent}) + "\n")
             now = time.perf_counter()
             if now - said >= 5 or step == run.steps:
                 said, training = now, now - started - paused
@@ -398,23 +502,37 @@ def train(config, resume=False):
             validate()
             save_last()
 
+    spent = {"parameters": {"trained": sum(p.numel() for p in optimizer.state), "inference": inference_parameters(model, embedding)},
+             **spent_on(out / "metrics.jsonl", splits, config.batch_size)}
     model, best_checkpoint = evaluate.load_checkpoint(out / "best.pt", config.device)
-    results = {**evaluate.evaluate(model, test_sets, preprocessing), "checkpoint": str(out / "best.pt"),
-               "step": best_checkpoint["step"], "data": config.data, "split": "test", "index": "merged", "embedding": "student",
-               "untrained": untrained}
+    results = {**evaluate.evaluate(model, test_sets, preprocessing, index=index, embedding=embedding),
+               "checkpoint": str(out / "best.pt"), "step": best_checkpoint["step"], "data": config.data, "split": "test",
+               "index": index, "embedding": embedding, "untrained": untrained, "method": config.method,
+               "val_recall_at_1": best["recall_at_1"], **spent}
     evaluate.write_json(out / "test.json", results)
-    print(f"\n{out / 'best.pt'}, step {best_checkpoint['step']}: student embedding, test queries, merged index")
-    print(evaluate.table(results, results["untrained"]))
+    print(f"\n{out / 'best.pt'}, step {best_checkpoint['step']}: {embedding} embedding, test queries, {index} index")
+    print(evaluate.table(results, {"untrained": untrained}))
     arguments = [str(out / "best.pt"), *(["--data", config.data] if config.data else []), "--device", config.device]
     print(f"the same again: python evaluate.py {shlex.join(arguments)}")
     return results
 
 
+def train_beside(config, results):
+    """Trains the baseline config.beside with the same seed, data and budget, and prints the results of both in one table."""
+    out = Path(config.out, config.beside)
+    other = dataclasses.replace(config, method=config.beside, out=str(out), beside="nothing", sampler="round_robin", signal=None,
+                                negatives=None, teachers=None)
+    print(f"\nthe baseline {config.beside}, in the same way:")
+    baseline = train(other, resume=(out / "last.pt").exists())
+    print(f"\n{config.method} and {config.beside}, test queries:")
+    print(evaluate.table(results, {config.beside: baseline, "untrained": results["untrained"]}))
+
+
 def describe(config, run, counts, splits, model):
     """Prints what is about to be trained: every option that differs from its default, the data, the sizes."""
-    defaults = resolve(Config(out=config.out, init=config.init))
+    defaults = resolve(Config(out=config.out))
     different = [f"{flag(f.name)} {getattr(config, f.name)}" for f in dataclasses.fields(Config)
-                 if getattr(config, f.name) != getattr(defaults, f.name) or (f.name == "init" and config.init)]
+                 if getattr(config, f.name) != getattr(defaults, f.name)]
     print(f"{config.method} on {config.data or 'the procedural domains'} into {config.out}; differing from the defaults: "
           f"{', '.join(different) or 'nothing'}")
     for domain, split in splits.items():
@@ -423,6 +541,22 @@ def describe(config, run, counts, splits, model):
     heads = sum(p.numel() for p in model.parameters()) - backbone
     print(f"parameters: backbone {backbone / 1e6:.2f} M, heads and classifiers {heads / 1e6:.2f} M ({16 * heads / 1e6:,.0f} MB "
           f"with gradients and AdamW's moments); an epoch is {run.steps_per_epoch:,} steps, the run {run.steps:,}")
+
+
+def inference_parameters(model, embedding):
+    """How many parameters are kept: of the backbone, and of the heads that embed."""
+    heads = {"student": model.student_head, "teacher": model.teacher_heads, "backbone": None}[embedding]
+    return sum(p.numel() for part in (model.backbone, heads) if part is not None for p in part.parameters())
+
+
+def spent_on(path, domains, batch_size):
+    """What metrics.jsonl says of the whole run: images given to each domain, seconds of the training steps, and the sampler's
+    weights at each validation."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "domain" in line]
+    return {"images": {domain: batch_size * sum(line["domain"] == domain for line in steps) for domain in domains},
+            "seconds": sum(line["seconds"] for line in steps), "cpu_seconds": sum(line["cpu_seconds"] for line in steps),
+            "sampler_weights": {line["step"]: line["sampler_weights"] for line in lines if "sampler_weights" in line}}
 
 
 def clock(seconds):
@@ -444,17 +578,28 @@ def keep_metrics_until(step, path):
 
 # Command line --------------------------------------------------------------------------------------------------------------
 
+START = {                           # head_lr, backbone_lr, frozen_epochs, by where the backbone's weights come from
+    "scratch": (2e-3, 1e-3, 0.0),
+    "compact": (3e-3, 3e-4, 1.0),           # chosen on val, with the weights in weights/
+    "public": (1e-3, 1e-5, 2.0),            # paper section 4
+}
 MAY_CHANGE = ("steps", "workers", "device", "data", "out")                  # on resuming
 
 
 def resolve(config):
     """The configuration with every field that depends on another filled in."""
-    tuned = config.init is not None
+    init = config.init or (config.model if config.model in pretrained.COMPACT else "scratch")
+    kind = "compact" if init in pretrained.COMPACT else "scratch" if init == "scratch" else "public"
+    head_lr, backbone_lr, frozen_epochs = START[kind]
     return dataclasses.replace(
-        config, out=config.out or time.strftime("runs/%Y%m%d-%H%M%S"),
-        head_lr=config.head_lr if config.head_lr is not None else 1e-3 if tuned else 2e-3,
-        backbone_lr=config.backbone_lr if config.backbone_lr is not None else 1e-5 if tuned else 1e-3,
-        frozen_epochs=config.frozen_epochs if config.frozen_epochs is not None else 2.0 if tuned else 0.0,
+        config, out=config.out or time.strftime("runs/%Y%m%d-%H%M%S"), init=init,
+        beside=config.beside or ("usc" if config.method == "udon" and config.data is None else "nothing"),
+        negatives=config.negatives or ("all" if config.method == "ujc" or config.model in pretrained.COMPACT
+                                       and config.method in ("udon", "distill") else "domain"),
+        signal=config.signal or ("teacher" if trains_teachers(config) else "student"),
+        head_lr=head_lr if config.head_lr is None else config.head_lr,
+        backbone_lr=backbone_lr if config.backbone_lr is None else config.backbone_lr,
+        frozen_epochs=frozen_epochs if config.frozen_epochs is None else config.frozen_epochs,
         device=config.device or evaluate.default_device())
 
 
@@ -472,7 +617,7 @@ def configuration(given, resume):
             raise data.InputError(f"--out {out} holds no run to resume (no last.pt): leave out --resume, or correct the folder")
         try:
             saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
-            saved = Config(**{**saved, "weights": tuple(saved["weights"])})
+            saved = Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise data.InputError(f"{out / 'config.json'} is no configuration of this version ({error}): start a new run") from None
         for name, value in given.items():
@@ -500,9 +645,11 @@ def command_line():
     for f in dataclasses.fields(Config):
         kind = (typing.get_args(kinds[f.name]) or (kinds[f.name],))[0]
         choices = f.metadata["choices"]
-        settings = {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
+        settings = {"type": kind, "choices": choices, "metavar": None if choices else getattr(kind, "__name__", "").upper()}
         if isinstance(f.default, tuple):
             settings["nargs"] = len(f.default)
+        elif typing.get_origin(kind) is tuple:
+            settings |= {"nargs": "+", "type": str, "metavar": f.name.upper().removesuffix("S")}
         if kind is bool:
             settings = {"action": argparse.BooleanOptionalAction}
         shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
@@ -516,10 +663,13 @@ def main(arguments=None):
     given = vars(parser.parse_args(arguments))
     resume = given.pop("resume")
     given.pop("command")
-    if "weights" in given:
-        given["weights"] = tuple(given["weights"])
+    for name in {"weights", "domains"} & given.keys():
+        given[name] = tuple(given[name])
     try:
-        train(configuration(given, resume), resume)
+        config = configuration(given, resume)
+        results = train(config, resume)
+        if config.beside != "nothing":
+            train_beside(config, results)
     except data.InputError as error:
         parser.exit(2, f"udon.py: {error}\n")
     except OSError as error:                                  # no room, no permission: checkpoints are whole all the same

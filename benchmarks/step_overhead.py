@@ -42,7 +42,7 @@ def steps(method, options):
                                       batch_size=options.batch_size, device=options.device))
     model, _, preprocessing = udon.build_model(config, CLASSES)
     model.to(options.device).train()
-    run = udon.Run(10**6, 1000, 0, {domain: (domain, 0) for domain in CLASSES}, preprocessing, options.device)
+    run = udon.Run(10**6, 1000, 0, preprocessing, options.device)
     optimizer, sampler = udon.build_optimizer(model, config), DomainSampler(CLASSES, period=len(CLASSES))
 
     def batches():

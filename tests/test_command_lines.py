@@ -143,6 +143,14 @@ TRAIN_MISTAKES = {
     "unknown method": (["train", "--method", "kd"], "kd"),
     "unknown model": (["train", "--model", "b/16"], "b/16"),
     "unknown sampler": (["train", "--sampler", "random"], "random"),
+    "unknown domain": (["train", "--domains", "colour", "plants"], "plants"),
+    "teachers without need": (["train", "--teachers", "best.pt"], "--teachers is best.pt"),
+    "teachers missing": (["train", "--method", "distill"], "--teachers is None"),
+    "teachers that are not there": (["train", "--method", "distill", "--teachers", "no.pt"], "no.pt"),
+    "a signal that is not there": (["train", "--method", "usc", "--signal", "teacher"], "--signal is teacher"),
+    "no student to follow": (["train", "--method", "teachers", "--signal", "student"], "--signal is student"),
+    "no layers": (["train", "--head-layers", "0"], "--head-layers is 0"),
+    "crops of nothing": (["train", "--min-area", "0"], "--min-area is 0"),
     "margin without need": (["train", "--margin", "0.2"], "--margin is 0.2"),
     "margin missing": (["train", "--classification", "arcface"], "--margin is 0.0"),
     "period below the domains": (["train", "--period", "7"], "period 7"),
@@ -185,7 +193,8 @@ def test_mistakes_about_the_run_folder(trained, uned, tmp_path, capsys):
 
 
 def test_weights_that_diverge_stop_the_run(uned, tmp_path, capsys):
-    fails(capsys, udon.main, ["train", "--data", uned, "--out", tmp_path / "run", *QUICK, "--steps", "1", "--backbone-lr", "1e38"],
+    fails(capsys, udon.main, ["train", "--data", uned, "--out", tmp_path / "run", *QUICK, "--init", "scratch", "--steps", "1",
+                              "--backbone-lr", "1e38"],
           "not finite", "learning rates")
 
 

@@ -237,6 +237,31 @@ def test_crops_and_flips_vary(uned):
     assert seen <= crops and len(seen) > 0.7 * len(crops), f"{len(seen)} of {len(crops)} crops and flips"
 
 
+@settings(deadline=None, max_examples=15)
+@given(least=st.floats(0.05, 1.0), step=st.integers(0, 1000))
+def test_resized_crops_keep_their_share(least, step):
+    """A picture whose red grows to the right and green downwards: the ends of a crop tell which part of it was kept."""
+    size, side = 96, data.train_side(96)
+    ramp = np.linspace(0, 255, side)
+    whole = np.stack([*np.broadcast_arrays(ramp[None, :], ramp[:, None]), np.zeros((side, side))], axis=-1).round().astype(np.uint8)
+    split = data.Split("ramps", "train", np.zeros(1, dtype=np.int32), pixels=whole[None])
+    images, _ = data.TrainBatches({"ramps": split}, size, 16, SEED, min_area=least)[step, "ramps"]
+    red, green = images[:, 0].float().mean(1), images[:, 1].float().mean(2)                      # (16, size) each
+    width, height = (abs(x[:, -1] - x[:, 0]) / 255 * side / (side - 1) * size / (size - 1) for x in (red, green))
+    area, aspect, slack = width * height, width / height, 0.05
+    whole_side = (width > 1 - slack) | (height > 1 - slack)          # a crop that would not fit is cut to the picture
+    assert ((area >= least * (1 - slack) - 0.01) | whole_side).all(), f"{area.min():.3f} kept, {least:.3f} promised"
+    assert ((0.75 - slack < aspect) & (aspect < 4 / 3 + slack) | whole_side).all()
+    assert least > 0.9 or len(set(area.tolist())) > 8, "crops vary"
+
+
+def test_a_folders_domains_can_be_chosen(uned):
+    assert data.Benchmark(uned, ["cars"]).domains == ("cars",) and data.Benchmark(uned, None).domains == ("birds", "cars")
+    assert data.Benchmark(None, ["shape", "count", "shape"]).domains == ("count", "shape")
+    with pytest.raises(data.InputError, match="'plants' is not in .*birds, cars"):
+        data.Benchmark(uned, ["cars", "plants"])
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_stream_is_the_same_for_any_number_of_workers(uned, monkeypatch, in_memory, workers):

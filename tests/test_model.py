@@ -393,6 +393,25 @@ def test_heads_start_lecun_normal(of):
     assert abs(float((weight.abs() < 1 / shrink).double().mean()) - want) < 0.01
 
 
+@pytest.mark.parametrize("layers", [2, 3])
+def test_mlp_heads(layers):
+    """Linear -> LayerNorm -> GELU -> ... -> Linear -> L2, from the equations in numpy; the last layer is never normalised."""
+    torch.manual_seed(0)
+    udon = model.UDON(model.ViT(16, 8, 24, 1, 2), {"cars": 4}, student_dim=6, teacher_dim=10, head_layers=layers).double()
+    x = torch.randn(5, 24, dtype=torch.float64)
+    for head, width in ((udon.student_head, 6), (udon.teacher_heads["cars"], 10)):
+        w = {name: p.detach().numpy() for name, p in head.named_parameters()}
+        y = x.numpy()
+        for i in range(layers):
+            if i:
+                y = (y - y.mean(1, keepdims=True)) / np.sqrt(y.var(1, keepdims=True) + 1e-5)
+                y = 0.5 * y * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
+            y = y @ w[f"{3 * i}.weight"].T + w[f"{3 * i}.bias"]
+        assert y.shape == (5, width)
+        assert np.allclose(head(x).detach().numpy(), y / np.linalg.norm(y, axis=1, keepdims=True), atol=1e-12)
+        assert len(w) == 2 * layers + 2 * (layers - 1)
+
+
 def test_domains_start_from_different_weights():
     udon = model.UDON(small_vit(), {"a": 4, "b": 4})
     for modules in (udon.teacher_heads, udon.student_classifiers, udon.teacher_classifiers):

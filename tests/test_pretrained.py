@@ -707,3 +707,67 @@ def test_the_file_works_alone_with_torch_and_numpy(tmp_path):
     run = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert str(tmp_path) in run.stdout and "(1, 10, 6)" in run.stdout
+
+
+# The project's own checkpoints and weights --------------------------------------------------------------------------------------
+
+
+def own_checkpoint(path, vit, **changes):
+    state = {f"backbone.{key}": value for key, value in vit.state_dict().items()} | {"student_head.weight": torch.zeros(2, 2)}
+    torch.save({"model": state, "architecture": {"backbone": vit.architecture, "classes": {"a": 2}},
+                "preprocessing": {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "antialias": True}, **changes}, path)
+    return path
+
+
+def test_own_checkpoints_carry_their_family_and_statistics(tmp_path):
+    torch.manual_seed(0)
+    source = pretrained_vit(activation="quick_gelu", norm_eps=1e-4)
+    target = pretrained_vit(activation="gelu", norm_eps=1e-6)
+    preprocessing = pretrained.load(target, own_checkpoint(tmp_path / "best.pt", source))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(target(images), source(images)), "weights, activation and epsilon"
+    assert preprocessing == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def pretrained_vit(**changes):
+    return model.ViT(image_size=32, patch_size=8, width=24, depth=2, heads=2, stem="conv", **changes)
+
+
+def test_own_checkpoints_of_other_sizes_are_refused(tmp_path):
+    path = own_checkpoint(tmp_path / "best.pt", pretrained_vit())
+    for vit, named in ((model.ViT(32, 8, 24, 2, 3, stem="conv"), "attention heads"),
+                       (model.ViT(32, 8, 24, 3, 2, stem="conv"), "lacks"), (model.ViT(32, 8, 24, 2, 2), "lacks")):
+        before = {key: value.clone() for key, value in vit.state_dict().items()}
+        with pytest.raises(pretrained.WeightsError, match=named):
+            pretrained.load(vit, path)
+        assert all(torch.equal(value, before[key]) for key, value in vit.state_dict().items())
+    with pytest.raises(pretrained.WeightsError, match="architecture or preprocessing"):
+        pretrained.load(pretrained_vit(), own_checkpoint(tmp_path / "bare.pt", pretrained_vit(), architecture={}))
+
+
+def test_compact_weights(tmp_path, capsys):
+    """`python pretrained.py RUN/best.pt FILE.pt`: the backbone alone, in half precision, loads as the checkpoint does."""
+    torch.manual_seed(0)
+    source, target = pretrained_vit(), pretrained_vit()
+    pretrained.main([str(own_checkpoint(tmp_path / "best.pt", source)), str(tmp_path / "compact.pt")])
+    content = torch.load(tmp_path / "compact.pt", weights_only=True)
+    assert set(content) == {"model", "architecture", "preprocessing"}
+    assert all(key.startswith("backbone.") and value.dtype == torch.float16 for key, value in content["model"].items())
+    assert pretrained.load(target, tmp_path / "compact.pt") == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    for key, value in target.state_dict().items():
+        assert torch.equal(value, source.state_dict()[key].half().float()), key
+    for source in ("none.pt", str(tmp_path / "compact.pt.txt")):
+        (tmp_path / "compact.pt.txt").write_text("no checkpoint")
+        with pytest.raises(SystemExit, match=Path(source).name):
+            pretrained.main([source, str(tmp_path / "other.pt")])
+    assert not (tmp_path / "other.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["micro", "mini"])
+def test_the_weights_that_ship(name):
+    """They fill their size exactly, are small, and tell pictures apart far better than an untrained network."""
+    path = pretrained.COMPACT[name]
+    vit = model.ViT(**model.SIZES[name])
+    assert pretrained.load(vit, path) == pretrained.HALF
+    assert path.stat().st_size <= 4_000_000
+    assert all(value.isfinite().all() for value in vit.state_dict().values())

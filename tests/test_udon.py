@@ -25,7 +25,8 @@ from model import UDON, ViT
 ROOT = Path(__file__).parents[1]
 TINY = dict(image_size=16, patch_size=8, width=24, depth=2, heads=2)
 CLASSES = {"birds": 5, "cars": 3}
-QUICK = ["--image-size", "32", "--batch-size", "4", "--period", "3", "--val-every", "5", "--save-every", "2", "--device", "cpu"]
+QUICK = ["--init", "scratch",
+         "--image-size", "32", "--batch-size", "4", "--period", "3", "--val-every", "5", "--save-every", "2", "--device", "cpu"]
 
 
 def tiny_model(seed=0, dtype=torch.float64, **changes):
@@ -147,7 +148,7 @@ def test_each_parameter_is_in_exactly_one_group():
 
 
 def run_of(config, frozen_steps=0, steps=20):
-    return udon.Run(steps, 10, frozen_steps, {d: (d, 0) for d in CLASSES}, {"mean": (0.5,) * 3, "std": (0.5,) * 3}, "cpu")
+    return udon.Run(steps, 10, frozen_steps, {"mean": (0.5,) * 3, "std": (0.5,) * 3}, "cpu")
 
 
 @pytest.mark.parametrize("schedule, warmup", [("constant", 0), ("constant", 4), ("cosine", 0), ("cosine", 4)])
@@ -234,24 +235,41 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 
 
 def test_single_model_losses():
+    """usc: the domain's own classes. ujc: the classes of all domains side by side, in the order of the domains."""
     torch.manual_seed(0)
-    usc = UDON(ViT(**TINY), CLASSES, student_dim=6, teacher_dim=0)
+    model = UDON(ViT(**TINY), CLASSES, student_dim=6, teacher_dim=0)
     images, labels = tiny_batch(dtype=torch.float32)
-    losses = udon.single_model_loss(usc, images, labels, "birds")
-    cosines = usc.embed(images) @ F.normalize(usc.student_classifiers["birds"].weight, dim=1).T
-    assert losses.total.item() == pytest.approx(F.cross_entropy(16 * cosines, labels).item(), rel=1e-6)
-    assert losses.teacher_classification is None and losses.student_classification is losses.total
-    assert not any("teacher" in name for name, _ in usc.named_parameters())
+    unit = {d: F.normalize(c.weight, dim=1) for d, c in model.student_classifiers.items()}
+    for domain, method, weight, first in (("birds", "usc", unit["birds"], 0), ("cars", "usc", unit["cars"], 0),
+                                          ("birds", "ujc", torch.cat([unit["birds"], unit["cars"]]), 0),
+                                          ("cars", "ujc", torch.cat([unit["birds"], unit["cars"]]), 5)):
+        labels = labels % CLASSES[domain]
+        losses = udon.single_model_losses(model, images, labels, domain, method)
+        expected = F.cross_entropy(16 * model.embed(images) @ weight.T, first + labels)
+        assert losses.total.item() == pytest.approx(expected.item(), rel=1e-6), (domain, method)
+        assert losses.teacher_classification is None and losses.student_classification is losses.total
+    assert not any("teacher" in name for name, _ in model.named_parameters())
 
 
-def test_the_joint_classifier_numbers_all_classes(uned):
-    benchmark = data.Benchmark(uned)
-    splits = {d: benchmark.split(d, "train") for d in benchmark.domains}
-    config = resolved(method="ujc", data=str(uned))
-    run = udon.Run.of(config, splits, {"mean": (0.5,) * 3, "std": (0.5,) * 3})
-    assert run.classifier_of == {"birds": ("joint", 0), "cars": ("joint", 4)}
-    model, architecture, _ = udon.build_model(config, {d: s.num_classes for d, s in splits.items()})
-    assert architecture["classes"] == {"joint": 8} and model.student_classifiers["joint"].weight.shape == (8, 64)
+def test_teachers_alone():
+    model, (images, labels) = tiny_model(), tiny_batch()
+    losses = udon.single_model_losses(model, images, labels, "birds", "teachers")
+    together = udon.compute_losses(model, images, labels, "birds")
+    assert losses.total is losses.teacher_classification and losses.student_classification is None
+    assert losses.total.item() == pytest.approx(together.teacher_classification.item(), rel=1e-12)
+
+
+def test_the_negatives_of_all_domains():
+    """They change the student's classification alone, and give the other domains' student classifiers a gradient."""
+    model, (images, labels) = tiny_model(), tiny_batch()
+    own, every = (udon.compute_losses(model, images, labels, "birds", negatives=n) for n in ("domain", "all"))
+    same = ("teacher_classification", "logit_distillation", "relational_distillation")
+    assert [getattr(own, name).item() for name in same] == [getattr(every, name).item() for name in same]
+    joint = udon.single_model_losses(model, images, labels, "birds", "ujc").total.item()
+    assert every.student_classification.item() == pytest.approx(joint, rel=1e-12) and joint > own.student_classification.item()
+    every.total.backward()
+    assert model.student_classifiers["cars"].weight.grad.abs().sum() > 0
+    assert model.teacher_classifiers["cars"].weight.grad is None
 
 
 # Runs -------------------------------------------------------------------------------------------------------------------------
@@ -282,7 +300,7 @@ def assert_same(one, other, path=""):
 
 def steps_in(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "domain" in line]
+    return [{key: value for key, value in line.items() if "seconds" not in key} for line in lines if "domain" in line]
 
 
 @pytest.mark.parametrize("method, options", [("udon", []), ("udon", ["--inactive-heads", "zero", "--frozen-epochs", "0.5"]),
@@ -303,7 +321,7 @@ def test_a_run_stopped_between_validations_is_validated_on_resuming(uned, tmp_pa
     """last.pt of step 2, no best.pt yet, and no step left to do."""
     train(uned, tmp_path / "run", "--steps", "4", "--val-every", "100")
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    torch.save({**state, "validated": 0, "best": {"step": 0, "recall_at_1": -1.0}}, tmp_path / "run" / "last.pt")
+    torch.save({**state, "validated": None, "best": {"step": 0, "recall_at_1": -1.0}}, tmp_path / "run" / "last.pt")
     (tmp_path / "run" / "best.pt").unlink()
     udon.main(["train", "--out", str(tmp_path / "run"), "--resume"])
     assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)["step"] == 4
@@ -365,14 +383,124 @@ def test_the_best_checkpoint_is_not_the_last(uned, tmp_path, monkeypatch, capsys
     assert json.loads((tmp_path / "run" / "test.json").read_text())["step"] == 10
 
 
-@pytest.mark.parametrize("method", udon.METHODS)
+@pytest.mark.parametrize("method", ["udon", "usc", "ujc", "teachers", "distill"])
 def test_a_small_set_is_learned(uned, tmp_path, capsys, method):
     """Each method overfits 40 pictures of 8 plain colours: losses fall far below those of an undecided classifier."""
-    train(uned, tmp_path / "run", "--steps", "90", "--method", method, "--batch-size", "16", "--val-every", "1000",
-          "--backbone-lr", "1e-3", "--head-lr", "1e-2")
-    losses = [line["student_classification"] for line in steps_in(tmp_path / "run")]
-    undecided = math.log(8 if method == "ujc" else 4)
+    settings = ["--steps", "90", "--batch-size", "16", "--val-every", "1000", "--backbone-lr", "1e-3", "--head-lr", "1e-2"]
+    further = []
+    if method == "distill":
+        train(uned, tmp_path / "teachers", "--method", "teachers", *settings)
+        further = ["--teachers", str(tmp_path / "teachers" / "best.pt")]
+    train(uned, tmp_path / "run", "--method", method, *settings, *further)
+    losses = [line["teacher_classification" if method == "teachers" else "student_classification"]
+              for line in steps_in(tmp_path / "run")]
+    undecided = math.log(4 if method in ("usc", "teachers") else 8)      # negatives: the domain's own, or all
     assert np.mean(losses[-10:]) < 0.6 * undecided, f"{np.mean(losses[:5]):.2f} -> {np.mean(losses[-10:]):.2f}"
+
+
+def test_the_backbone_as_it_is(uned, tmp_path, capsys):
+    """Nothing is trained: the result is that of the untrained network's backbone, at full width, and costs nothing."""
+    train(uned, tmp_path / "run", "--method", "backbone", "--seed", "3")
+    result = json.loads((tmp_path / "run" / "test.json").read_text())
+    model, _, preprocessing = udon.build_model(resolved(method="backbone", init="scratch", image_size=32, seed=3), CLASSES)
+    sets = evaluate.open_sets(data.Benchmark(uned), "test", 32)
+    assert result["domains"] == evaluate.evaluate(model, sets, preprocessing, embedding="backbone")["domains"]
+    assert result["parameters"]["trained"] == 0 and result["images"] == {"birds": 0, "cars": 0} and result["seconds"] == 0
+    assert result["parameters"]["inference"] == sum(p.numel() for p in model.backbone.parameters())
+
+
+# Separate teachers ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def specialists(uned, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("specialists")
+    for domain in ("birds", "cars"):
+        train(uned, folder / domain, "--method", "usc", "--domains", domain, "--student-dim", "12", "--steps", "6")
+    return folder
+
+
+def test_a_specialist_knows_its_domain_alone(specialists, uned, capsys):
+    result = json.loads((specialists / "cars" / "test.json").read_text())
+    assert list(result["domains"]) == ["cars"] and result["images"] == {"cars": 24}
+    model, checkpoint = evaluate.load_checkpoint(specialists / "cars" / "best.pt")
+    assert list(model.student_classifiers) == ["cars"] and checkpoint["config"]["domains"] == ("cars",)
+    capsys.readouterr()
+    evaluate.main([str(specialists / "cars" / "best.pt"), "--device", "cpu"])
+    assert "birds" not in capsys.readouterr().out
+    evaluate.main([str(specialists / "cars" / "best.pt"), "--device", "cpu", "--domains", "birds", "cars"])
+    assert "birds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["specialists", "teachers", "udon"])
+def test_distillation_from_frozen_teachers(uned, specialists, tmp_path, capsys, kind):
+    """A step from its formulas: three losses of equal weight, the teachers' outputs as their checkpoints give them, all of the
+    student trained, nothing of the teachers."""
+    source = specialists
+    if kind != "specialists":
+        train(uned, tmp_path / kind, "--method", kind, "--teacher-dim", "12", "--steps", "6")
+        source = tmp_path / kind / "best.pt"
+    config = resolved(method="distill", init="scratch", image_size=32, teachers=str(source), seed=7)
+    model, architecture, preprocessing = udon.build_model(config, {"birds": 4, "cars": 4})
+    teachers = udon.FrozenTeachers(source, {"birds": 4, "cars": 4}, 32, preprocessing, "cpu")
+    images, labels = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 1, 1, 2])
+    losses = udon.compute_losses(model, images, labels, "cars", teachers=teachers, distill_into_backbone=True)
+    teacher, _ = evaluate.load_checkpoint(specialists / "cars" / "best.pt" if kind == "specialists" else source)
+    head, classifier = ("student_head", "student_classifiers") if kind == "specialists" else (None, "teacher_classifiers")
+    vectors = (teacher.student_head if head else teacher.teacher_heads["cars"])(F.normalize(teacher.backbone(images), dim=1))
+    cosines = vectors @ F.normalize(getattr(teacher, classifier)["cars"].weight, dim=1).T
+    student = model.embed(images)
+    student_cosines = student @ F.normalize(model.student_classifiers["cars"].weight, dim=1).T
+    p, q = (10 * cosines).softmax(1), (10 * student_cosines).softmax(1)
+    terms = [F.cross_entropy(16 * student_cosines, labels), (p * (p / q).log()).sum(1).mean(),
+             32 * (student @ student.T - vectors @ vectors.T).square().mean()]
+    assert losses.teacher_classification is None
+    assert [x.item() for x in losses[2:]] == pytest.approx([x.item() for x in terms], rel=1e-4)
+    assert losses.total.item() == pytest.approx(sum(x.item() for x in terms) / 3, rel=1e-4)
+    losses.total.backward()
+    assert all(p.grad is None for t in teachers.models.values() for p in t.parameters())
+    assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("student_classifiers.birds"))
+
+
+def test_the_teachers_stay_as_they_are(uned, specialists, tmp_path, capsys):
+    before = {d: torch.load(specialists / d / "best.pt", weights_only=True)["model"] for d in ("birds", "cars")}
+    train(uned, tmp_path / "run", "--method", "distill", "--teachers", str(specialists), "--steps", "6")
+    assert_same(before, {d: torch.load(specialists / d / "best.pt", weights_only=True)["model"] for d in before})
+    model, _ = evaluate.load_checkpoint(tmp_path / "run" / "best.pt")
+    assert not any("teacher" in name for name, _ in model.named_parameters()), "the student leaves its teachers behind"
+
+
+def test_teachers_of_other_data_or_images(uned, specialists, tmp_path):
+    same = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "antialias": True}
+    for counts, size, preprocessing, named in (({"birds": 4, "cars": 5}, 32, same, "4 classes of domain cars, which has 5"),
+                                               ({"birds": 4}, 48, same, "48 pixels"),
+                                               ({"birds": 4}, 32, {**same, "antialias": False}, "statistics"),
+                                               ({"plants": 4}, 32, same, "plants")):
+        with pytest.raises(data.InputError, match=named):
+            udon.FrozenTeachers(specialists, counts, size, preprocessing, "cpu")
+
+
+def test_what_a_run_says_it_spent(uned, tmp_path, capsys):
+    train(uned, tmp_path / "run", "--steps", "7", "--sampler", "round_robin")
+    result = json.loads((tmp_path / "run" / "test.json").read_text())
+    assert result["images"] == {"birds": 16, "cars": 12} and 0 < result["seconds"] < 100 and result["cpu_seconds"] > 0
+    model, _ = evaluate.load_checkpoint(tmp_path / "run" / "best.pt")
+    numbers = {name: p.numel() for name, p in model.named_parameters()}
+    assert result["parameters"]["trained"] == sum(numbers.values())
+    kept = sum(number for name, number in numbers.items() if name.startswith(("backbone.", "student_head.")))
+    assert result["parameters"]["inference"] == kept
+
+
+@pytest.mark.parametrize("signal", ["teacher", "student"])
+def test_the_sampler_hears_the_signal(uned, tmp_path, capsys, signal):
+    train(uned, tmp_path / "run", "--steps", "6", "--period", "6", "--signal", signal, "--val-every", "6")
+    lines = steps_in(tmp_path / "run")
+    means = {d: np.mean([line[f"{signal}_classification"] for line in lines if line["domain"] == d]) for d in ("birds", "cars")}
+    weights = json.loads((tmp_path / "run" / "test.json").read_text())["sampler_weights"]["6"]
+    assert weights == pytest.approx({d: mean / sum(means.values()) for d, mean in means.items()})
+
+
+# Starting points --------------------------------------------------------------------------------------------------------------
 
 
 def test_init_fills_the_backbone_and_its_preprocessing(uned, tmp_path, capsys):
@@ -384,7 +512,8 @@ def test_init_fills_the_backbone_and_its_preprocessing(uned, tmp_path, capsys):
     assert torch.equal(model.backbone.blocks[3].mlp.fc1.weight, public.blocks[3].mlp.fc1.weight)
     assert architecture["backbone"]["activation"] == "gelu" and preprocessing["mean"] == (0.5, 0.5, 0.5)
     assert (config.backbone_lr, config.frozen_epochs) == (1e-5, 2.0), "the paper's settings go with public weights"
-    assert (resolved().backbone_lr, resolved().frozen_epochs) != (1e-5, 2.0)
+    assert resolved().init == "mini" and resolved(model="s16").init == "scratch" and resolved(init="scratch").init == "scratch"
+    assert resolved(init="scratch").frozen_epochs == 0 and resolved().backbone_lr < resolved().head_lr
 
 
 def test_the_activation_of_weights_that_do_not_tell_it(tmp_path):

@@ -1,0 +1,319 @@
+"""Every system of the paper and every ablation, over seeds, on one data folder; and the README's tables made of the results.
+
+    python benchmarks/ablation.py --data DIR            # trains whatever is missing in results/ablation/, two runs at a time
+    python benchmarks/ablation.py --data DIR --rows usc-rr udon
+    python benchmarks/ablation.py --tables README.md    # writes the tables between the marks in the README
+
+A row is a command: `python udon.py train` with the options in ROWS, one run a seed, each on one thread. A finished run is one
+file, results/ablation/<row>/seed<N>.json; a run that was stopped goes on from its last checkpoint in runs/ablation/. Every row
+is given the same number of images, the specialists all together.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import udon  # noqa: E402
+
+RESULTS, RUNS = ROOT / "results" / "ablation", ROOT / "runs" / "ablation"
+MAIN, SHORT = 5, 3                                                # seeds of a main row and of the others
+BASELINE = "usc-rr"
+
+# row -> (seeds, options of udon.py train, the row whose runs are its frozen teachers); `specialists` rows are one run a domain
+ROWS = {
+    "backbone": (1, "--method backbone", None),
+    "usc-rr": (MAIN, "--method usc --sampler round_robin", None),
+    "usc-size": (SHORT, "--method usc --sampler size", None),
+    "ujc-rr": (MAIN, "--method ujc --sampler round_robin", None),
+    "ujc-size": (SHORT, "--method ujc --sampler size", None),
+    "specialists-64": (SHORT, "--method usc --sampler round_robin --student-dim 64", None),
+    "specialists-256": (MAIN, "--method usc --sampler round_robin --student-dim 256", None),
+    "teachers": (MAIN, "--method teachers --sampler round_robin", None),
+    "distill-8": (MAIN, "--method distill --sampler round_robin --distill-into-backbone", "specialists-256"),
+    "distill-1": (MAIN, "--method distill --sampler round_robin --distill-into-backbone", "teachers"),
+    "udon": (MAIN, "", None),
+    "udon-rr": (MAIN, "--sampler round_robin", None),
+    "student-signal": (SHORT, "--signal student", None),
+    "no-logit": (SHORT, "--weights 1 1 0 1", None),
+    "no-relational": (SHORT, "--weights 1 1 1 0", None),
+    "no-distillation": (SHORT, "--weights 1 1 0 0", None),
+    "into-backbone": (SHORT, "--distill-into-backbone", None),
+    "mlp-heads": (SHORT, "--head-layers 2", None),
+    "student-32": (SHORT, "--student-dim 32", None),
+    "student-128": (SHORT, "--student-dim 128", None),
+    "teacher-64": (SHORT, "--teacher-dim 64", None),
+    "teacher-512": (SHORT, "--teacher-dim 512", None),
+    "zero-gradients": (SHORT, "--inactive-heads zero", None),
+    "micro-usc-rr": (SHORT, "--model micro --method usc --sampler round_robin", None),
+    "micro-udon": (SHORT, "--model micro", None),
+}
+
+
+# Running ---------------------------------------------------------------------------------------------------------------------
+
+
+def call(*arguments, log):
+    """Runs a Python command line of the project on one thread, its output appended to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        code = subprocess.call([sys.executable, *map(str, arguments)], stdout=file, stderr=file, env=environment, cwd=ROOT)
+    if code:
+        raise SystemExit(f"ablation.py: {' '.join(map(str, arguments))} ended with status {code}: see {log}")
+
+
+def train(folder, options):
+    """The finished run in `folder`: trained, gone on with, or found."""
+    if not (folder / "test.json").exists():
+        arguments = ["--resume"] if (folder / "last.pt").exists() else options
+        call("udon.py", "train", "--out", folder, *arguments, log=folder.with_suffix(".log"))
+    return json.loads((folder / "test.json").read_text())
+
+
+class Grid:
+    """The rows on one data folder. `run(row, seed)` is the one entry; what other rows need is trained once."""
+
+    def __init__(self, options):
+        self.options, self.domains = options, data.Benchmark(options.data).domains
+        self.locks, self.lock = {}, threading.Lock()
+
+    def command(self, row, seed):
+        return ["--data", self.options.data, "--seed", seed, "--workers", 0, *ROWS[row][1].split()]
+
+    def runs(self, row, seed):
+        """Folder, and {name: test.json} of the runs that make up one row with one seed."""
+        with self.lock:
+            lock = self.locks.setdefault((row, seed), threading.Lock())
+        with lock:
+            folder, command = self.options.runs / row / f"seed{seed}", self.command(row, seed)
+            if row.startswith("specialists"):
+                return folder, {domain: train(folder / domain, [*command, "--domains", domain, *self.share(domain)])
+                                for domain in self.domains}
+            if teachers := ROWS[row][2]:
+                of, _ = self.runs(teachers, seed)
+                command += ["--teachers", of if teachers.startswith("specialists") else of / "best.pt"]
+            return folder, {row: train(folder, command)}
+
+    def share(self, domain):
+        """Options that give the specialist of one domain its part of a row's steps, of the frozen ones and of validations."""
+        config, parts = udon.resolve(udon.Config()), len(self.domains)
+        splits = {d: data.Benchmark(self.options.data).split(d, "train") for d in self.domains}
+        run = udon.Run.of(config, splits, None)
+        epoch = udon.Run.of(config, {domain: splits[domain]}, None).steps_per_epoch
+        return ["--steps", run.steps // parts, "--frozen-epochs", run.frozen_steps / parts / epoch,
+                "--val-every", max(1, run.steps_per_epoch // parts)]
+
+    def run(self, row, seed):
+        target = self.options.results / row / f"seed{seed}.json"
+        if target.exists():
+            return
+        print(f"{time.strftime('%H:%M:%S')} {row} seed {seed}", flush=True)
+        folder, parts = self.runs(row, seed)
+        result = {"row": row, "seed": seed, "command": " ".join(map(str, ["python udon.py train", *self.command(row, seed)])),
+                  **combined(parts), "further": {}}
+        if not row.startswith("specialists"):
+            result["config"] = json.loads((folder / "config.json").read_text())
+            trained = {"teachers": [("teacher", "separate")], "backbone": [("backbone", "merged"), ("backbone", "separate")]}
+            others = [("student", "separate"), ("backbone", "merged")]
+            others += [("teacher", "separate")] if result["method"] == "udon" else []
+            for embedding, index in trained.get(result["method"], others):
+                file = folder / f"{embedding}-{index}.json"
+                call("evaluate.py", folder / "best.pt", "--embedding", embedding, "--index", index, "--json", file,
+                     log=folder.with_suffix(".log"))
+                further = json.loads(file.read_text())
+                result["further"][f"{embedding}-{index}"] = {"mean": further["mean"], "domains": further["domains"]}
+        result |= {"version": version(), "machine": f"{platform.machine()}, {os.cpu_count()} processors, one thread a run",
+                   "date": time.strftime("%Y-%m-%d")}
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.with_suffix(".partial").write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(target.with_suffix(".partial"), target)
+        print(f"{time.strftime('%H:%M:%S')} {row} seed {seed}: R@1 {100 * result['mean']['recall_at_1']:.2f}", flush=True)
+
+
+def combined(parts):
+    """One result of the runs of one row: itself, or the specialists' domains side by side."""
+    if len(parts) == 1:
+        (result,) = parts.values()
+        return {key: value for key, value in result.items() if key != "untrained"} | {"untrained": result["untrained"]["mean"]}
+    domains = {domain: result["domains"][domain] for domain, result in parts.items()}
+    mean = {metric: statistics.fmean(row[metric] for row in domains.values()) for metric in ("recall_at_1", "mmp_at_5")}
+    return {"mean": mean, "domains": domains, "index": "separate", "embedding": "student", "method": "specialists",
+            "parameters": {name: sum(r["parameters"][name] for r in parts.values()) for name in ("trained", "inference")},
+            "images": {domain: r["images"][domain] for domain, r in parts.items()},
+            "seconds": sum(r["seconds"] for r in parts.values()), "cpu_seconds": sum(r["cpu_seconds"] for r in parts.values())}
+
+
+def version():
+    """The commit of the code, marked where files differ from it."""
+    git = lambda *arguments: subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "*.py") else "")
+
+
+# Tables ----------------------------------------------------------------------------------------------------------------------
+
+
+def within(t, freedom):
+    """P(|T| <= t) of Student's t with `freedom` >= 1 degrees, in closed form (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2
+    term, total = (math.cos(angle) if odd else 1.0), 0.0
+    for n in range(2 + odd, freedom + 1, 2):
+        total += term
+        term *= (n - 1) / n * math.cos(angle) ** 2
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+
+
+def interval(values):
+    """Half the width of the 95 % confidence interval of the mean (Student's t); infinite with one value."""
+    if len(values) < 2:
+        return math.inf
+    low, high = 0.0, 1000.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle, len(values) - 1) < 0.95 else (low, middle)
+    return low * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def p_value(differences):
+    """Two-sided p of a paired t-test: that the mean difference is 0."""
+    spread = statistics.stdev(differences) / math.sqrt(len(differences))
+    return 0.0 if spread == 0 else 1 - within(abs(statistics.fmean(differences)) / spread, len(differences) - 1)
+
+
+def read(folder):
+    """{row: {seed: result}} of all finished runs."""
+    found = {}
+    for file in sorted(Path(folder).glob("*/seed*.json")):
+        result = json.loads(file.read_text())
+        found.setdefault(result["row"], {})[result["seed"]] = result
+    return found
+
+
+def shown(values):
+    values = [100 * value for value in values]
+    return f"{statistics.fmean(values):.1f}" + (f" ± {interval(values):.1f}" if len(values) > 1 else "")
+
+
+def difference(results, row, other, pick):
+    """Mean difference of two rows over the seeds that both have, and its p-value, as text."""
+    seeds = sorted(results[row].keys() & results.get(other, {}).keys())
+    pairs = [100 * (pick(results[row][seed]) - pick(results[other][seed])) for seed in seeds]
+    if row == other or len(pairs) < 2:
+        return "" if row == other or not pairs else f"{pairs[0]:+.1f}"
+    p = p_value(pairs)
+    return f"{statistics.fmean(pairs):+.1f} ({'p < 0.001' if p < 0.001 else f'p = {p:.3f}'})"
+
+
+def millions(number):
+    return f"{number / 1e6:.2f}"
+
+
+LABELS = {
+    "backbone": "backbone as pre-trained, full width", "usc-rr": "USC, round robin", "usc-size": "USC, by size",
+    "ujc-rr": "UJC, round robin", "ujc-size": "UJC, by size", "distill-8": "distilled from 8 separate teachers",
+    "distill-1": "distilled from 1 separate teacher model", "udon": "**UDON**", "udon-rr": "UDON, static round robin",
+}
+SYSTEMS = ("backbone", "usc-rr", "usc-size", "ujc-rr", "ujc-size", "distill-8", "distill-1", "udon-rr", "udon")
+TOGETHER = {"distill-8": "specialists-256", "distill-1": "teachers"}             # whose training a distillation needs first
+
+
+def line(results, row, pick=lambda result: result["mean"], seconds=True):
+    """One row of a table of systems."""
+    runs = results[row]
+    first = next(iter(runs.values()))
+    metrics = [shown([pick(run)[metric] for run in runs.values()]) for metric in ("recall_at_1", "mmp_at_5")]
+    gains = [difference(results, row, BASELINE, lambda run: pick(run)[metric]) for metric in ("recall_at_1", "mmp_at_5")]
+    time_of = lambda name, seed: results[name][seed]["cpu_seconds"] if seed in results.get(name, {}) else math.nan
+    ratios = [(time_of(row, seed) + (time_of(TOGETHER[row], seed) if row in TOGETHER else 0)) / time_of(BASELINE, seed)
+              for seed in runs]
+    ratio = f"{statistics.median(ratios):.2f}" if row != "backbone" and not any(map(math.isnan, ratios)) else ""
+    return "| " + " | ".join([LABELS.get(row, f"`{row}`"), *metrics, *gains, millions(first["parameters"]["trained"]),
+                              millions(first["parameters"]["inference"]), ratio, str(len(runs))]) + " |"
+
+
+HEADING = ("| system | R@1 | mMP@5 | R@1 − USC | mMP@5 − USC | trained, M | kept, M | time | n |\n"
+           "|---|---|---|---|---|---|---|---|---|")
+
+
+def tables(results):
+    """The README's tables as one text."""
+    text = [HEADING, *(line(results, row) for row in SYSTEMS if row in results)]
+    others = [row for row in ROWS if row in results and row not in SYSTEMS and not row.startswith(("specialists", "teachers"))]
+    text += ["", "Variations:", "", HEADING, *(line(results, row) for row in others)]
+    oracle = [("specialists-64", None, "8 specialists, 64-d"),
+              ("specialists-256", None, "8 specialists, 256-d: 8 separate teachers"),
+              ("teachers", None, "1 separate teacher model"), ("udon", "teacher-separate", "UDON's teachers"),
+              ("udon", "student-separate", "UDON's student"), ("usc-rr", "student-separate", "USC's student")]
+    text += ["", "Each query in its own domain's index (oracle):", "", "| embedding | R@1 | mMP@5 | n |", "|---|---|---|---|"]
+    for row, further, label in oracle:
+        if row in results:
+            means = [run["further"][further]["mean"] if further else run["mean"] for run in results[row].values()]
+            text.append(f"| {label} | " + " | ".join(shown([m[metric] for m in means]) for metric in ("recall_at_1", "mmp_at_5"))
+                        + f" | {len(means)} |")
+    shownrows = [row for row in ("backbone", "usc-rr", "ujc-rr", "distill-8", "distill-1", "udon-rr", "udon") if row in results]
+    domains = list(next(iter(results[BASELINE].values()))["domains"])
+    text += ["", "R@1 of each domain, merged index:", "", "| system | " + " | ".join(domains) + " |",
+             "|---" * (len(domains) + 1) + "|"]
+    for row in shownrows:
+        cells = [shown([run["domains"][domain]["recall_at_1"] for run in results[row].values()]) for domain in domains]
+        text.append(f"| {LABELS[row]} | " + " | ".join(cells) + " |")
+    if {"udon", "udon-rr"} <= results.keys():
+        text += ["", "The dynamic sampler: thousands of images given to each domain, its weight at the end, and what it gains.", "",
+                 "| | " + " | ".join(domains) + " |", "|---" * (len(domains) + 1) + "|"]
+        for row in ("udon-rr", "udon"):
+            images = [statistics.fmean(run["images"][d] for run in results[row].values()) / 1000 for d in domains]
+            text.append(f"| images, {LABELS[row]} | " + " | ".join(f"{count:.1f}" for count in images) + " |")
+        last = [list(run["sampler_weights"].values())[-1] for run in results["udon"].values()]
+        text.append("| last weight, % | " + " | ".join(f"{100 * statistics.fmean(w[d] for w in last):.1f}" for d in domains) + " |")
+        gains = [difference(results, "udon", "udon-rr", lambda run: run["domains"][d]["recall_at_1"]) for d in domains]
+        text.append("| R@1 − round robin | " + " | ".join(gains) + " |")
+    return "\n".join(text) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Trains the rows of the ablation that are missing, or writes the tables.")
+    parser.add_argument("--data", help="data folder of all rows")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="only these")
+    parser.add_argument("--seeds", type=int, help="at most so many seeds of each row")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="(default: %(default)s)")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of logs and checkpoints (default: %(default)s)")
+    parser.add_argument("--at-once", type=int, choices=(1, 2), default=2, help="runs at the same time (default: 2)")
+    parser.add_argument("--tables", type=Path, metavar="README",
+                        help="write the tables into this file, between its marks, and train nothing")
+    options = parser.parse_args()
+    if options.tables:
+        text = options.tables.read_text()
+        before, rest = text.split("<!-- ablation -->\n", 1)
+        after = rest[rest.index("<!-- end of ablation -->"):]
+        options.tables.write_text(f"{before}<!-- ablation -->\n{tables(read(options.results))}{after}")
+        return
+    if not options.data:
+        parser.error("--data is missing: give the folder that the rows are trained on")
+    options.data = str(Path(options.data).resolve())
+    options.results, options.runs = options.results.resolve(), options.runs.resolve()
+    try:
+        grid = Grid(options)
+    except data.InputError as error:
+        parser.exit(2, f"ablation.py: {error}\n")
+    jobs = [(row, seed) for row in options.rows for seed in range(min(ROWS[row][0], options.seeds or MAIN))]
+    jobs.sort(key=lambda job: (ROWS[job[0]][0] != MAIN, job[1]))                    # seed by seed, the main rows first
+    with ThreadPoolExecutor(options.at_once) as pool:
+        for job in [pool.submit(grid.run, *job) for job in jobs]:
+            job.result()
+
+
+if __name__ == "__main__":
+    main()

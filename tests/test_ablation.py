@@ -1,0 +1,114 @@
+"""benchmarks/ablation.py: the statistics against known values, the tables from made-up results, a grid that stops and goes on."""
+
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import ablation  # noqa: E402
+import udon  # noqa: E402
+
+QUANTILES = {1: 12.7062047364, 2: 4.30265272991, 3: 3.18244630528, 4: 2.7764451052, 5: 2.57058183661, 8: 2.30600413503,
+             9: 2.26215716274, 30: 2.04227245630}                 # of 97.5 %, degrees of freedom: tables of Student's t
+
+
+@pytest.mark.parametrize("freedom", QUANTILES)
+def test_students_t(freedom):
+    assert ablation.within(QUANTILES[freedom], freedom) == pytest.approx(0.95, abs=1e-9)
+    assert ablation.within(0.0, freedom) == 0 and ablation.within(1e6, freedom) == pytest.approx(1, abs=1e-5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(freedom=st.integers(1, 40), t=st.floats(0, 20))
+def test_students_t_is_the_integral_of_its_density(freedom, t):
+    density = lambda x: np.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / np.sqrt(freedom * np.pi) * (
+        1 + x * x / freedom) ** (-(freedom + 1) / 2)
+    x = np.linspace(0, t, 20001)
+    integral = 2 * np.sum((density(x[1:]) + density(x[:-1])) / 2) * (x[1] - x[0])
+    assert ablation.within(t, freedom) == pytest.approx(integral, abs=1e-5)
+
+
+def test_interval_and_p():
+    """Student's sleep data (1908): differences of ten patients; p = 0.002833, interval of the mean 0.70 to 2.46."""
+    differences = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
+    assert ablation.p_value(differences) == pytest.approx(0.002833, abs=1e-6)
+    mean, half = statistics.fmean(differences), ablation.interval(differences)
+    assert (mean - half, mean + half) == pytest.approx((0.7001142, 2.4598858), abs=1e-6)
+    assert ablation.interval([1.0]) == math.inf and ablation.p_value([2.0, 2.0]) == 0
+
+
+def made_up(row, seed, recall, **changes):
+    domains = {"birds": {"recall_at_1": recall, "mmp_at_5": recall / 2}, "cars": {"recall_at_1": recall, "mmp_at_5": recall / 2}}
+    further = {name: {"mean": domains["cars"], "domains": domains} for name in ("student-separate", "teacher-separate")}
+    weights = {"5": {"birds": 0.5, "cars": 0.5}, "9": {"birds": 0.25, "cars": 0.75}}
+    return {"row": row, "seed": seed, "mean": domains["birds"], "domains": domains, "further": further, "method": "udon",
+            "parameters": {"trained": 2_000_000, "inference": 1_000_000}, "images": {"birds": 1000, "cars": 3000},
+            "cpu_seconds": 10.0, "sampler_weights": weights, **changes}
+
+
+def test_tables(tmp_path):
+    results = {"usc-rr": [0.30, 0.32, 0.34], "udon": [0.35, 0.36, 0.40], "udon-rr": [0.33, 0.36, 0.36], "no-logit": [0.31]}
+    for row, recalls in results.items():
+        for seed, recall in enumerate(recalls):
+            file = tmp_path / "results" / row / f"seed{seed}.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(made_up(row, seed, recall, cpu_seconds=15.0 if row == "udon" else 10.0)))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- ablation -->\nold\n<!-- end of ablation -->\nafter\n")
+    sys.argv = ["ablation.py", "--tables", str(readme), "--results", str(tmp_path / "results")]
+    ablation.main()
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- ablation -->\n|") and text.endswith("<!-- end of ablation -->\nafter\n")
+    assert "old" not in text
+    half = 4.30265272991 * statistics.stdev([35, 36, 40]) / math.sqrt(3)
+    row = next(line for line in text.splitlines() if line.startswith("| **UDON**"))
+    assert f"| 37.0 ± {half:.1f} |" in row and "| 1.50 | 3 |" in row and "| 2.00 | 1.00 |" in row
+    differences = [5.0, 4.0, 6.0]
+    assert f"+5.0 (p = {ablation.p_value(differences):.3f})" in row
+    assert "| `no-logit` | 31.0 |" in text, "one seed has no interval"
+    assert "| images, **UDON** | 1.0 | 3.0 |" in text and "| last weight, % | 25.0 | 75.0 |" in text
+
+
+def test_every_row_is_a_valid_command():
+    for row, (seeds, options, teachers) in ablation.ROWS.items():
+        arguments = ["train", *options.split(), *(["--teachers", "x"] if teachers else [])]
+        given = vars(udon.command_line().parse_args(arguments))
+        given.pop("command"), given.pop("resume")
+        udon.resolve(udon.Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}))
+        assert teachers is None or teachers in ablation.ROWS, row
+
+
+def test_a_grid_that_stops_and_goes_on(uned, tmp_path, monkeypatch, capsys):
+    """Two rows and their teachers; a second call trains nothing; a lost result is made again from the finished run."""
+    quick = "--init scratch --image-size 32 --batch-size 4 --steps 6 --period 3 --val-every 3 --student-dim 8"
+    monkeypatch.setattr(ablation, "ROWS", {
+        "specialists-256": (1, f"--method usc {quick}", None), "distill-8": (1, f"--method distill {quick}", "specialists-256"),
+        "udon": (2, quick, None)})
+    monkeypatch.setattr(ablation.Grid, "share", lambda self, domain: ["--steps", 3])
+    arguments = ["ablation.py", "--data", str(uned), "--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    ablation.main()
+    files = sorted(str(p.relative_to(tmp_path / "results")) for p in (tmp_path / "results").rglob("*.json"))
+    assert files == ["distill-8/seed0.json", "specialists-256/seed0.json", "udon/seed0.json", "udon/seed1.json"]
+    result = json.loads((tmp_path / "results" / "udon" / "seed1.json").read_text())
+    assert result["config"]["seed"] == 1 and set(result["further"]) == {"student-separate", "teacher-separate", "backbone-merged"}
+    assert result["images"] == {"birds": 12, "cars": 12} and result["version"] and result["cpu_seconds"] > 0
+    specialists = json.loads((tmp_path / "results" / "specialists-256" / "seed0.json").read_text())
+    assert specialists["images"] == {"birds": 12, "cars": 12} and set(specialists["domains"]) == {"birds", "cars"}
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    lost = tmp_path / "results" / "udon" / "seed0.json"
+    contents = json.loads(lost.read_text())
+    lost.unlink()
+    ablation.main()
+    assert json.loads(lost.read_text()) == contents
+    after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    assert all(after[p] == before[p] for p in before if p.suffix == ".pt"), "nothing was trained again"
