@@ -32,25 +32,38 @@ RESULTS, RUNS = ROOT / "results" / "ablation", ROOT / "runs" / "ablation"
 MAIN, SHORT = 5, 3                                                # seeds of a main row and of the others
 BASELINE = "usc-rr"
 
-# row -> (seeds, options of udon.py train, the row whose runs are its frozen teachers); `specialists` rows are one run a domain
+# row -> (seeds, options of udon.py train, the row whose runs are its frozen teachers); `specialists` rows are one run a domain.
+# Where nothing else is said a row has the defaults of `mini`: UDON whose student has the classes of all domains for negatives.
+PAPER = "--negatives domain --domain-margin 0"
 ROWS = {
-    "backbone": (1, "--method backbone", None),
     "usc-rr": (MAIN, "--method usc --sampler round_robin", None),
-    "usc-size": (SHORT, "--method usc --sampler size", None),
     "ujc-rr": (MAIN, "--method ujc --sampler round_robin", None),
-    "ujc-size": (SHORT, "--method ujc --sampler size", None),
-    "specialists-64": (SHORT, "--method usc --sampler round_robin --student-dim 64", None),
+    "udon": (MAIN, "", None),
+    "udon-paper": (MAIN, f"{PAPER} --sampler dynamic --signal teacher", None),
+    "udon-paper-rr": (MAIN, f"{PAPER} --sampler round_robin", None),
     "specialists-256": (MAIN, "--method usc --sampler round_robin --student-dim 256", None),
     "teachers": (MAIN, "--method teachers --sampler round_robin", None),
     "distill-8": (MAIN, "--method distill --sampler round_robin --distill-into-backbone", "specialists-256"),
     "distill-1": (MAIN, "--method distill --sampler round_robin --distill-into-backbone", "teachers"),
-    "udon": (MAIN, "", None),
-    "udon-rr": (MAIN, "--sampler round_robin", None),
-    "student-signal": (SHORT, "--signal student", None),
+    "backbone": (1, "--method backbone", None),
+    "usc-size": (SHORT, "--method usc --sampler size", None),
+    "ujc-size": (SHORT, "--method ujc --sampler size", None),
+    "specialists-64": (SHORT, "--method usc --sampler round_robin --student-dim 64", None),
+    "dynamic-teacher": (SHORT, "--sampler dynamic --signal teacher", None),
+    "dynamic-student": (SHORT, "--sampler dynamic --signal student", None),
+    "dynamic-relative": (SHORT, "--sampler dynamic --signal relative", None),
+    "dynamic-progress": (SHORT, "--sampler dynamic --signal progress", None),
+    "dynamic-validation": (SHORT, "--sampler dynamic --signal validation", None),
+    "round-robin": (SHORT, "--sampler round_robin", None),
+    "no-margin": (SHORT, "--domain-margin 0", None),
     "no-logit": (SHORT, "--weights 1 1 0 1", None),
     "no-relational": (SHORT, "--weights 1 1 1 0", None),
     "no-distillation": (SHORT, "--weights 1 1 0 0", None),
     "into-backbone": (SHORT, "--distill-into-backbone", None),
+    "decoupled-logit": (SHORT, "--logit decoupled", None),
+    "centred-relational": (SHORT, "--relational centred", None),
+    "relational-memory": (SHORT, "--memory 256", None),
+    "mean-teacher": (SHORT, "--teacher-ema 0.99", None),
     "mlp-heads": (SHORT, "--head-layers 2", None),
     "student-32": (SHORT, "--student-dim 32", None),
     "student-128": (SHORT, "--student-dim 128", None),
