@@ -100,6 +100,8 @@ class Config:
     negatives: str | None = option(None, "classes that the student's classification tells apart: the domain's own (paper), or "
                                          "those of all domains, as ujc does; none: all for udon and distill with micro and mini, "
                                          "else domain", ("domain", "all"))
+    domain_margin: float | None = option(None, "with the negatives of all domains: added to the cosines of other domains' "
+                                               "classes, so that domains keep apart; none: 0.2 for udon and distill, 0 for ujc")
     distill_into_backbone: bool = option(False, "let distillation train the backbone too, as the official code does (paper: no)")
 
     min_area: float | None = option(None, "least share of a training image's area that a random crop keeps; none: crops of a "
@@ -131,6 +133,9 @@ class Config:
         if (self.negatives, self.method) in (("domain", "ujc"), ("all", "usc")):
             raise data.InputError(f"--negatives is {self.negatives} with --method {self.method}: usc has those of the domain, ujc "
                                   "those of all domains; leave it out, or use the other method")
+        if self.domain_margin and self.negatives == "domain":
+            raise data.InputError(f"--domain-margin is {self.domain_margin} with --negatives domain: there are no other domains' "
+                                  "classes, use --negatives all")
         if (self.method == "distill") != (self.teachers is not None):
             raise data.InputError(f"--teachers is {self.teachers} with --method {self.method}: distill needs teachers, a "
                                   "checkpoint or a folder of specialists, and no other method takes them")
@@ -174,12 +179,14 @@ class Losses(typing.NamedTuple):
 
 
 def compute_losses(model, images, labels, domain, *, weights=(1, 1, 1, 1), relational_scale=32.0, distill_into_backbone=False,
-                   classification="normface", margin=0.0, negatives="domain", teachers=None):
+                   classification="normface", margin=0.0, negatives="domain",
+                   domain_margin=0.0, teachers=None):
     """The four losses of one batch, images (B, 3, H, W) and labels (B,) in 0..C-1, all of `domain`; -> Losses.
 
     total = the mean of the four, weighted by `weights` in the order of Losses' fields. Source: paper section 3.
     negatives  "domain": the student's classification loss is over the domain's C classes, as published; "all": over those of
-               all domains, so that the student learns to keep the domains apart too, as its merged index needs
+               all domains, domain_margin added to the others' cosines: the student keeps the domains apart, as a merged
+               index needs
     teachers   (images, domain) -> embedding (B, T), cosines (B, C): others than the model's own to distil from. A model
                without teachers of its own has no teacher classification loss; the mean is then of three.
     """
@@ -193,7 +200,7 @@ def compute_losses(model, images, labels, domain, *, weights=(1, 1, 1, 1), relat
         distilled_cosines = model.student_classifiers[domain](distilled)
     losses = (
         teacher_classification(outputs, labels, margin=margin, kind=classification),
-        student_classification(model, outputs, labels, domain, negatives, margin=margin, kind=classification),
+        student_classification(model, outputs, labels, domain, negatives, domain_margin, margin=margin, kind=classification),
         logit_distillation_loss(distilled_cosines, teacher_cosines),            # detaches the teacher
         relational_distillation_loss(distilled, teacher, scale=relational_scale),
     )
@@ -205,24 +212,23 @@ def teacher_classification(outputs, labels, **settings):
     return None if outputs.teacher is None else classification_loss(outputs.teacher_cosines, labels, **settings)
 
 
-def student_classification(model, outputs, labels, domain, negatives="domain", **settings):
-    if negatives == "domain":
-        return classification_loss(outputs.student_cosines, labels, **settings)
-    domains = list(model.student_classifiers)                      # their classes side by side: one joint classifier
-    first = sum(model.student_classifiers[other].out_features for other in domains[:domains.index(domain)])
-    cosines = [outputs.student_cosines if other == domain else model.student_classifiers[other](outputs.student)
-               for other in domains]
-    return classification_loss(torch.cat(cosines, dim=1), first + labels, **settings)
+def student_classification(model, outputs, labels, domain, negatives="domain", domain_margin=0.0, **settings):
+    cosines = outputs.student_cosines                                            # (B, C)
+    if negatives == "all":                                         # the domain's classes first, then those of all the others
+        others = [classifier(outputs.student) for other, classifier in model.student_classifiers.items() if other != domain]
+        cosines = torch.cat([cosines, *(cosine + domain_margin for cosine in others)], dim=1)
+    return classification_loss(cosines, labels, **settings)
 
 
-def single_model_losses(model, images, labels, domain, method, *, classification="normface", margin=0.0):
-    """The one loss of a baseline, and no distillation: of the student alone (usc; ujc, with the classes of all domains), or
-    of the teachers alone; -> Losses."""
+def single_model_losses(model, images, labels, domain, *, classification="normface", margin=0.0, negatives="domain",
+                        domain_margin=0.0):
+    """The one loss of a baseline, no distillation: of the teachers where the model has some; else of the student, over the
+    domain's classes (usc) or those of all domains (ujc); -> Losses."""
     outputs, settings = model(images, domain), dict(margin=margin, kind=classification)
-    if method == "teachers":
+    if outputs.teacher is not None:
         loss = teacher_classification(outputs, labels, **settings)
         return Losses(loss, loss, None, None, None)
-    loss = student_classification(model, outputs, labels, domain, "all" if method == "ujc" else "domain", **settings)
+    loss = student_classification(model, outputs, labels, domain, negatives, domain_margin, **settings)
     return Losses(loss, None, loss, None, None)
 
 
@@ -246,10 +252,11 @@ def training_step(step, model, batches, sampler, optimizer, config, run):
     if config.method in ("udon", "distill"):
         losses = compute_losses(model, images, labels, domain, weights=config.weights, relational_scale=config.relational_scale,
                                 distill_into_backbone=config.distill_into_backbone, classification=config.classification,
-                                margin=config.margin, negatives=config.negatives, teachers=run.teachers)
+                                margin=config.margin, negatives=config.negatives, domain_margin=config.domain_margin,
+                                teachers=run.teachers)
     else:
-        losses = single_model_losses(model, images, labels, domain, config.method, classification=config.classification,
-                                     margin=config.margin)
+        losses = single_model_losses(model, images, labels, domain, classification=config.classification, margin=config.margin,
+                                     negatives=config.negatives, domain_margin=config.domain_margin)
 
     # 5  A loss that is not finite stops the run before it reaches the weights.
     values = Losses(*(None if loss is None else loss.item() for loss in losses))
@@ -502,13 +509,13 @@ def train(config, resume=False):
             validate()
             save_last()
 
-    spent = {"parameters": {"trained": sum(p.numel() for p in optimizer.state), "inference": inference_parameters(model, embedding)},
-             **spent_on(out / "metrics.jsonl", splits, config.batch_size)}
+    parameters = {"trained": sum(p.numel() for p in optimizer.state), "inference": inference_parameters(model, embedding)}
     model, best_checkpoint = evaluate.load_checkpoint(out / "best.pt", config.device)
     results = {**evaluate.evaluate(model, test_sets, preprocessing, index=index, embedding=embedding),
                "checkpoint": str(out / "best.pt"), "step": best_checkpoint["step"], "data": config.data, "split": "test",
                "index": index, "embedding": embedding, "untrained": untrained, "method": config.method,
-               "val_recall_at_1": best["recall_at_1"], **spent}
+               "val_recall_at_1": best["recall_at_1"], "parameters": parameters,
+               **spent_on(out / "metrics.jsonl", splits, config.batch_size)}
     evaluate.write_json(out / "test.json", results)
     print(f"\n{out / 'best.pt'}, step {best_checkpoint['step']}: {embedding} embedding, test queries, {index} index")
     print(evaluate.table(results, {"untrained": untrained}))
@@ -521,7 +528,7 @@ def train_beside(config, results):
     """Trains the baseline config.beside with the same seed, data and budget, and prints the results of both in one table."""
     out = Path(config.out, config.beside)
     other = dataclasses.replace(config, method=config.beside, out=str(out), beside="nothing", sampler="round_robin", signal=None,
-                                negatives=None, teachers=None)
+                                negatives=None, domain_margin=None, teachers=None)
     print(f"\nthe baseline {config.beside}, in the same way:")
     baseline = train(other, resume=(out / "last.pt").exists())
     print(f"\n{config.method} and {config.beside}, test queries:")
@@ -591,11 +598,13 @@ def resolve(config):
     init = config.init or (config.model if config.model in pretrained.COMPACT else "scratch")
     kind = "compact" if init in pretrained.COMPACT else "scratch" if init == "scratch" else "public"
     head_lr, backbone_lr, frozen_epochs = START[kind]
+    negatives = config.negatives or ("all" if config.method == "ujc" or config.model in pretrained.COMPACT
+                                     and config.method in ("udon", "distill") else "domain")
+    margin = 0.2 if negatives == "all" and config.method != "ujc" else 0.0
     return dataclasses.replace(
         config, out=config.out or time.strftime("runs/%Y%m%d-%H%M%S"), init=init,
         beside=config.beside or ("usc" if config.method == "udon" and config.data is None else "nothing"),
-        negatives=config.negatives or ("all" if config.method == "ujc" or config.model in pretrained.COMPACT
-                                       and config.method in ("udon", "distill") else "domain"),
+        negatives=negatives, domain_margin=margin if config.domain_margin is None else config.domain_margin,
         signal=config.signal or ("teacher" if trains_teachers(config) else "student"),
         head_lr=head_lr if config.head_lr is None else config.head_lr,
         backbone_lr=backbone_lr if config.backbone_lr is None else config.backbone_lr,

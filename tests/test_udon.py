@@ -244,7 +244,7 @@ def test_single_model_losses():
                                           ("birds", "ujc", torch.cat([unit["birds"], unit["cars"]]), 0),
                                           ("cars", "ujc", torch.cat([unit["birds"], unit["cars"]]), 5)):
         labels = labels % CLASSES[domain]
-        losses = udon.single_model_losses(model, images, labels, domain, method)
+        losses = udon.single_model_losses(model, images, labels, domain, negatives="all" if method == "ujc" else "domain")
         expected = F.cross_entropy(16 * model.embed(images) @ weight.T, first + labels)
         assert losses.total.item() == pytest.approx(expected.item(), rel=1e-6), (domain, method)
         assert losses.teacher_classification is None and losses.student_classification is losses.total
@@ -253,7 +253,7 @@ def test_single_model_losses():
 
 def test_teachers_alone():
     model, (images, labels) = tiny_model(), tiny_batch()
-    losses = udon.single_model_losses(model, images, labels, "birds", "teachers")
+    losses = udon.single_model_losses(model, images, labels, "birds")
     together = udon.compute_losses(model, images, labels, "birds")
     assert losses.total is losses.teacher_classification and losses.student_classification is None
     assert losses.total.item() == pytest.approx(together.teacher_classification.item(), rel=1e-12)
@@ -265,8 +265,13 @@ def test_the_negatives_of_all_domains():
     own, every = (udon.compute_losses(model, images, labels, "birds", negatives=n) for n in ("domain", "all"))
     same = ("teacher_classification", "logit_distillation", "relational_distillation")
     assert [getattr(own, name).item() for name in same] == [getattr(every, name).item() for name in same]
-    joint = udon.single_model_losses(model, images, labels, "birds", "ujc").total.item()
-    assert every.student_classification.item() == pytest.approx(joint, rel=1e-12) and joint > own.student_classification.item()
+    student = model.embed(images)
+    own_cosines, others = (student @ F.normalize(model.student_classifiers[d].weight, dim=1).T for d in ("birds", "cars"))
+    for margin in (0.0, 0.3):
+        joint = F.cross_entropy(16 * torch.cat([own_cosines, others + margin], dim=1), labels).item()
+        losses = udon.compute_losses(model, images, labels, "birds", negatives="all", domain_margin=margin)
+        assert losses.student_classification.item() == pytest.approx(joint, rel=1e-10)
+        assert joint > own.student_classification.item()
     every.total.backward()
     assert model.student_classifiers["cars"].weight.grad.abs().sum() > 0
     assert model.teacher_classifiers["cars"].weight.grad is None
