@@ -38,6 +38,7 @@ PAPER = "--negatives domain --domain-margin 0"
 ROWS = {
     "usc-rr": (MAIN, "--method usc --sampler round_robin", None),
     "ujc-rr": (MAIN, "--method ujc --sampler round_robin", None),
+    "udon-rr": (MAIN, "--sampler round_robin", None),
     "udon": (MAIN, "", None),
     "udon-paper": (MAIN, f"{PAPER} --sampler dynamic --signal teacher", None),
     "udon-paper-rr": (MAIN, f"{PAPER} --sampler round_robin", None),
@@ -54,7 +55,6 @@ ROWS = {
     "dynamic-relative": (SHORT, "--sampler dynamic --signal relative", None),
     "dynamic-progress": (SHORT, "--sampler dynamic --signal progress", None),
     "dynamic-validation": (SHORT, "--sampler dynamic --signal validation", None),
-    "round-robin": (SHORT, "--sampler round_robin", None),
     "no-margin": (SHORT, "--domain-margin 0", None),
     "no-logit": (SHORT, "--weights 1 1 0 1", None),
     "no-relational": (SHORT, "--weights 1 1 1 0", None),
