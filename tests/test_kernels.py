@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import kernels.topk
-from kernels import cosine_topk
+from kernels import cosine_topk, cpu, reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -35,7 +34,7 @@ SEVERAL_SEARCHES = settings(deadline=None, max_examples=30)        # an example 
 
 @contextmanager
 def blocks(query_block, index_block):
-    with patch.multiple(kernels.topk, QUERY_BLOCK=query_block, INDEX_BLOCK=index_block):
+    with patch.multiple(reference, QUERY_BLOCK=query_block, INDEX_BLOCK=index_block):
         yield
 
 
@@ -341,6 +340,100 @@ def test_auto_is_torch():
         assert torch.equal(found, expected)
 
 
+# The CPU path against the reference ----------------------------------------------------------------------------------------
+
+
+def made_search(kind, seed, q, g, d):
+    """Data that a search by groups could stumble over: queries and index, float32."""
+    queries, index = random_search(seed, q, g, d)
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "copies":
+        index = index[torch.randint(0, max(1, g // 25), (g,), generator=generator)]
+    elif kind == "few copies":
+        index = index[torch.randint(0, g, (g,), generator=generator)]
+    elif kind == "equal":
+        index = index[:1].repeat(g, 1)
+    elif kind == "clusters":
+        index = index[torch.randint(0, min(5, g), (g,), generator=generator)] + 0.1 * index
+    elif kind == "near copies":                               # closer than float32 scores can tell, not closer than the grid
+        index = index[:1] + 3e-7 * index
+    elif kind == "sorted":
+        index = index[(index @ queries[0]).argsort(descending=bool(seed % 2))]
+    elif kind == "unit":
+        index = torch.nn.functional.normalize(index, dim=1)
+    elif kind == "zeros":
+        index[::3], index[1::3] = 0.0, -0.0
+    return queries, index
+
+
+KINDS = ("random", "copies", "few copies", "equal", "clusters", "near copies", "sorted", "unit", "zeros")
+
+
+@SEVERAL_SEARCHES
+@given(st.data())
+def test_the_cpu_path_is_the_reference_bit_for_bit(data):
+    """Whatever the data, k, exclusion, types, strides, blocks and threads."""
+    draw = data.draw
+    q, g, d = draw(st.integers(1, 40)), draw(st.integers(1, 2500)), draw(st.sampled_from((1, 2, 3, 17, 64, 300)))
+    queries, index = made_search(draw(st.sampled_from(KINDS)), draw(st.integers(0, 2**32)), q, g, d)
+    queries, index = queries.to(draw(st.sampled_from(DTYPES))), index.to(draw(st.sampled_from(DTYPES)))
+    if draw(st.booleans()):
+        index = index.T.contiguous().T
+    exclude = torch.randint(-1, g, (q,)) if g > 1 and draw(st.booleans()) else None
+    k = draw(st.integers(1, min(70, g - (exclude is not None))))
+    sizes = {"QUERY_BLOCK": draw(st.sampled_from((1, 7, 512))), "TILE": draw(st.sampled_from((1, 2**14, 2**19))),
+             "CHUNK": draw(st.sampled_from((1, 2**16, 2**23))), "STATE": draw(st.sampled_from((100, 2**21))),
+             "GATHERED": draw(st.sampled_from((2**15, 2**18))), "SMALL": 0, "DIRECT": draw(st.sampled_from((0, 8192)))}
+    threads = draw(st.sampled_from((1, 2)))
+    try:
+        torch.set_num_threads(threads)
+        with patch.multiple(cpu, **sizes):
+            found = cpu.topk(queries, index, k, exclude)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(found, reference.topk(queries, index, k, exclude))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cpu_path_as_it_is_called(kind):
+    """Sizes that take the groups, and more than one block of queries."""
+    queries, index = made_search(kind, 14, 600, 9001, 16)
+    exclude = torch.arange(600) * 7
+    found = cosine_topk(queries, index, 6, exclude=exclude)
+    for one, other in zip(found, reference.result(reference.topk(queries, index, 6, exclude))):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ("random", "copies", "equal", "unit"))
+def test_the_cpu_path_needs_the_reference_for_few(kind):
+    """Or it would be right and slow."""
+    queries, index = made_search(kind, 15, 600, 9001, 16)
+    with patch.object(cpu.reference, "topk", side_effect=reference.topk) as whole:
+        cosine_topk(queries, index, 6)
+    assert sum(len(call.args[0]) for call in whole.call_args_list if len(call.args[1]) == 9001) < 60
+
+
+def test_scores_of_a_pair_are_the_same_in_any_company():
+    queries, index = random_search(16, 5, 300, 77)
+    together = reference.scores(queries[:, None], index[None])
+    for q, g in ((0, 0), (3, 17), (4, 299)):
+        assert reference.scores(queries[q:q + 1, None], index[None, g:g + 1]).item() == together[q, g]
+
+
+def test_products_of_lower_precision_are_not_taken():
+    queries, index = random_search(17, 300, 9001, 16)
+    expected = cosine_topk(queries, index, 6)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = cosine_topk(queries, index, 6)
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16", "the setting comes back"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 # Memory --------------------------------------------------------------------------------------------------------------------
 
 
@@ -366,9 +459,18 @@ def test_memory_is_one_block_and_never_all_scores(q, g, d, k, sizes):
     rows_a, rows_b = sizes or (1024, 2048)
     allowed = max(rows_a * rows_b, q * d, g * d, 2 * q * k)
     assert allowed < q * g / 2, "this size shows nothing"
-    with blocks(*sizes or (kernels.topk.QUERY_BLOCK, kernels.topk.INDEX_BLOCK)), Largest() as largest:
-        cosine_topk(queries, index, k, exclude=torch.arange(q) % g)
+    with blocks(*sizes or (reference.QUERY_BLOCK, reference.INDEX_BLOCK)), Largest() as largest:
+        reference.topk(queries, index, k, torch.arange(q) % g)
     assert 0 < largest.elements <= allowed, f"a tensor of {largest.elements} elements where {allowed} are allowed"
+
+
+@pytest.mark.parametrize("q, g, d, k", ((3000, 20000, 16, 6), (40, 9000, 256, 64)))
+def test_memory_of_the_cpu_path(q, g, d, k):
+    """No result of an operation is larger than the index, a tile or a chunk."""
+    queries, index = random_search(18, q, g, d)
+    with Largest() as largest:
+        cpu.topk(queries, index, k)
+    assert 0 < largest.elements <= max(g * d, q * d, 2**21, 2 * q * (k + cpu.SPARE)), f"a tensor of {largest.elements} elements"
 
 
 # Errors --------------------------------------------------------------------------------------------------------------------

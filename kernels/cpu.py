@@ -1,0 +1,236 @@
+"""cosine_topk on a CPU at about the speed of the float32 matrix product, with the reference's result bit for bit.
+
+    topk(queries, index, k, exclude) -> (Q, k) int64 keys, as reference.topk
+
+1. The index in chunks, normalised to float32 once for all queries. Queries in blocks, spread over threads whose products are
+   single-threaded (on a busy machine threads inside a product wait for each other far longer than they compute).
+2. A tile of float32 scores, slab @ block.T, is reduced at once to the maxima of groups of 16 consecutive rows; these to those of
+   16 groups. The k largest values lie in the k groups of largest maxima, these in the k supergroups of largest maxima.
+3. From each of the `keep` > k best groups all rows are scored again, and the best `keep` of them by the reference.
+4. Float32 is off by less than `noise`: if the reference's k-th score is above the best discarded float32 score by more, no
+   discarded row can belong to the result. Queries of which that cannot be said go to the reference; if they are many, copies
+   in the index are the cause: the search is over distinct rows, and copies are put back into the result.
+Copy with: reference.py and torch.
+"""
+
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.nn.functional as F
+
+from kernels import reference
+from kernels.reference import NOTHING, ONE
+
+EMPTY = torch.empty(0)
+GROUP = 16                     # rows; also groups in a supergroup
+QUERY_BLOCK = 512              # queries a tile
+TILE = 2**19                   # values, 2 MB: stays in the cache
+CHUNK = 2**23                  # values, 32 MB of normalised index
+STATE = 2**21                  # best groups of all queries that are on their way through the index together: 24 MB
+GATHERED = 2**18               # values, 1 MB: rows of the best groups, scored again; of one query up to 8 times more
+SMALL = 2**17                  # pairs: below, the reference takes no longer
+DIRECT = 8192                  # rows: so few are not grouped, all are scored and the best taken
+SPARE = 4                      # groups kept more than k
+
+
+@torch.no_grad()
+def topk(queries, index, k, exclude=None):
+    keep, width = k + SPARE, queries.shape[1]
+    too_few = len(index) < 4 * keep or len(queries) * len(index) < SMALL
+    if too_few or not width or GROUP * keep * max(width, keep) > 8 * GATHERED:
+        return reference.topk(queries, index, k, exclude)
+    threads, product = torch.get_num_threads(), torch.backends.mkldnn.matmul
+    precision = product.fp32_precision
+    try:
+        torch.set_num_threads(1)
+        product.fp32_precision = "ieee"
+        with ThreadPoolExecutor(threads) as workers:
+            return _topk(queries, index, k, exclude, threads, workers.map if threads > 1 else map)
+    finally:
+        torch.set_num_threads(threads)
+        product.fp32_precision = precision
+
+
+def _topk(queries, index, k, exclude, threads, spread):
+    keys, copies = torch.empty(len(queries), k, dtype=torch.int64), None
+    top, size = 0, max(QUERY_BLOCK, STATE // (k + SPARE))
+    while top < len(queries):
+        part = slice(top, top + size)
+        block, barred = queries[part], None if exclude is None else exclude[part]
+        if copies is None:
+            found = _through(block, index, None, k, barred, threads, spread)
+        if copies is not None or found is None:
+            copies = copies or _copies(index)
+            found = _through_distinct(block, index, copies, k, barred, threads, spread)
+        keys[part], sure = found
+        unsure = (~sure).nonzero()[:, 0]
+
+        def anew(some):
+            return reference.topk(block[some], index, k, None if barred is None else barred[some])
+
+        if len(unsure):
+            keys[part][unsure] = torch.cat(list(spread(anew, unsure.chunk(threads))))
+        top += size
+    return keys
+
+
+def _normalised(rows, out=None):
+    """(..., D) of any type -> float32 unit rows, each value off by (D / 2 + 3) * 2^-24 of itself at most. `out` may be `rows`."""
+    wide = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+    norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    if not ((norms > 1e-15) & (norms < 1e15)).all():                     # its square, or a value's, strains float32; or it is 0
+        wide, norms = F.normalize(reference.double(rows), dim=-1, eps=1e-300).float(), 1
+    if wide.dtype == torch.float64:
+        wide, norms = (wide / norms).float(), 1
+    return torch.div(wide, norms, out=out)
+
+
+def _is_unit(rows, spread):
+    """Are they float32 rows that can be multiplied as they are, norms within 2^-20 of 1?"""
+    def near(top):
+        return (torch.linalg.vector_norm(rows[top:top + 8192], dim=1) - 1).abs().max() < 2**-20
+
+    return rows.dtype == torch.float32 and rows.is_contiguous() and all(spread(near, range(0, len(rows), 8192)))
+
+
+def _through(queries, index, among, k, exclude, threads, spread):
+    """Queries against the rows `among` (ascending) of the index, None is all -> (Q, k) keys, (Q,) bool: are they sure?
+    None where the index is full of copies, seen by the first queries before the others pay for it, or by all in the end."""
+    keep, width, rows = k + SPARE, queries.shape[1], len(index) if among is None else len(among)
+    noise = 2 * width + 40                                                                             # of scores that are 2^24 times
+    whole = rows - rows % GROUP**2 if rows > max(DIRECT, GROUP * (keep + GROUP)) else 0                # the others are the tail
+    step = max(GROUP**2, CHUNK // width // 1024 * 1024)
+    size = min(QUERY_BLOCK, -(-len(queries) // threads))
+    blocks = [slice(top, top + size) for top in range(0, len(queries), size)]
+    groups = torch.zeros(len(queries), keep if whole else 0, dtype=torch.int64)
+    maxima = torch.full((len(queries), keep), -torch.inf)
+    keys, sure = torch.empty(len(queries), k, dtype=torch.int64), torch.empty(len(queries), dtype=torch.bool)
+    memory = _Memory()
+
+    def take(places, out=None):
+        """The normalised rows of the index at places, a slice or a tensor, of the rows that are searched."""
+        places = places if among is None else among[places]
+        if isinstance(places, slice) or index.dtype != torch.float32:
+            return _normalised(index[places], out)
+        rows = torch.index_select(index, 0, places.flatten(), out=memory("rows", places.numel(), width))
+        return (rows if is_unit else _normalised(rows, out=rows if out is None else out)).view(*places.shape, width)
+
+    is_unit = among is None and _is_unit(index, spread)
+    chunk = None if is_unit else torch.empty(min(step, whole), width)
+    for left in range(0, whole, step):
+        part = (index[left:whole] if is_unit else chunk[:whole - left])[:step]
+
+        def prepare(top):
+            slab = part[top:top + 1024]
+            take(slice(left + top, left + top + len(slab)), out=slab)
+
+        def reduce(block):
+            best, where = _best_groups(_normalised(queries[block]), part, keep, memory)
+            best, order = torch.cat([maxima[block], best], dim=1).topk(keep, dim=1)
+            groups[block] = torch.cat([groups[block], where + left // GROUP], dim=1).gather(1, order)
+            maxima[block] = best
+
+        if not is_unit:
+            list(spread(prepare, range(0, len(part), 1024)))
+        first = blocks[:threads] if among is None and not left else []
+        list(spread(reduce, first))
+        for block in first:                                                # many copies leave no distance between the best groups
+            if ((maxima[block][:, k - 1] - maxima[block][:, -1]) * ONE < noise).double().mean() > 1 / 8:
+                return None
+        list(spread(reduce, blocks[len(first):]))
+    tail = take(slice(whole, rows))
+
+    def rank(block):
+        """The rows of the best groups, and those of no whole group, by float32; the best of these by the reference."""
+        mine = queries[block]
+        unit = _normalised(mine)                                                                       # (q, D)
+        places = (groups[block][:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)                  # (q, keep * GROUP)
+        scores = torch.empty(len(mine), places.shape[1] + len(tail))
+        several = max(1, GATHERED // max(1, places.shape[1] * width))
+        for top in range(0, len(mine) if whole else 0, several):
+            some = slice(top, top + several)
+            scores[some, :places.shape[1]] = (unit[some, None] @ take(places[some]).mT)[:, 0]          # (1 x D) @ (D x m): fast
+        torch.mm(unit, tail.T, out=scores[:, places.shape[1]:])
+        places = torch.cat([places, torch.arange(whole, rows).expand(len(mine), -1)], dim=1)
+        scores, order = scores.topk(keep, dim=1)
+        places = places.gather(1, order)
+        chosen = places if among is None else among[places]
+        keys[block] = reference.best(mine, index, chosen, k, None if exclude is None else exclude[block])
+        discarded = torch.maximum(maxima[block][:, -1], scores[:, -1]).double() * ONE + noise
+        sure[block] = (keys[block][:, -1] >> 32) > discarded
+
+    list(spread(rank, blocks))
+    return None if among is None and sure.double().mean() < 7 / 8 else (keys, sure)
+
+
+def _copies(index):
+    """Rows of equal values, found by a sum of their bits: the rows sorted by (first of its kind, row), and where a kind begins."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[index.element_size()]
+    factors = torch.randint(-2**62, 2**62, (index.shape[1],), generator=torch.Generator().manual_seed(0))
+    sums = torch.empty(len(index), dtype=torch.int64)
+    for top in range(0, len(index), 4096):
+        bits = (index[top:top + 4096] + 0).view(integers)                                              # + 0: -0 equals 0
+        sums[top:top + 4096] = (bits.long() * factors).sum(1)
+    order = sums.argsort(stable=True)
+    new = torch.ones(len(index), dtype=torch.bool)
+    for top in range(1, len(index), 4096):                                                             # a sum alone proves nothing
+        here, before = order[top:top + 4096], order[top - 1:top - 1 + len(order[top:top + 4096])]
+        new[top:top + 4096] = (index[here] != index[before]).any(1)
+    return order, new.nonzero()[:, 0]
+
+
+def _through_distinct(queries, index, copies, k, exclude, threads, spread):
+    """_through, where the index has copies: the k + 1 best kinds (one may hold nothing but an excluded row), then their rows."""
+    order, begins = copies
+    ends = torch.cat([begins[1:], torch.tensor([len(order)])])
+    firsts, kinds = order[begins].sort()                                                               # ascending rows
+    several = min(k + 1, len(firsts))
+    if len(firsts) < 4 * (several + SPARE):
+        found = reference.topk(queries, index[firsts], several)
+        sure = torch.ones(len(queries), dtype=torch.bool)
+        found = reference.as_keys(found >> 32, firsts[2**32 - 1 - (found & (2**32 - 1))])
+    else:
+        found, sure = _through(queries, index, firsts, several, None, threads, spread)
+    keys = torch.empty(len(queries), k, dtype=torch.int64)
+    step = max(1, GATHERED // (k + 1)**2)
+    for top in range(0, len(queries), step):
+        part = found[top:top + step]
+        kind = kinds[torch.searchsorted(firsts, 2**32 - 1 - (part & (2**32 - 1)))]                    # (q, k + 1)
+        member = begins[kind][:, :, None] + torch.arange(k + 1)                                        # (q, k + 1, k + 1)
+        rows = order[member.clamp(max=len(order) - 1)]
+        barred = member >= ends[kind][:, :, None]
+        if exclude is not None:
+            barred |= rows == exclude[top:top + step, None, None]
+        expanded = reference.as_keys((part >> 32)[:, :, None], rows).masked_fill_(barred, NOTHING)
+        keys[top:top + step] = expanded.flatten(1).topk(k, dim=1).values
+    return keys, sure
+
+
+def _best_groups(queries, index, keep, memory):
+    """Unit rows (q, D), (n GROUP², D) -> the `keep` best groups' maxima (q, keep), descending, and numbers; -inf where no more."""
+    rows, count = len(index), len(queries)
+    columns, slab = queries.T.contiguous(), min(rows, max(GROUP**2, TILE // count // GROUP**2 * GROUP**2))
+    tile, maxima = memory("tile", slab, count), memory("maxima", rows // GROUP, count)
+    supers = memory("supers", rows // GROUP**2, count)
+    for left in range(0, rows, slab):
+        part = tile[:min(slab, rows - left)]
+        groups = maxima[left // GROUP:(left + len(part)) // GROUP]
+        torch.mm(index[left:left + slab], columns, out=part)
+        torch.amax(part.view(-1, GROUP, count), dim=1, out=groups)
+        torch.amax(groups.view(-1, GROUP, count), dim=1, out=supers[left // GROUP**2:(left + len(part)) // GROUP**2])
+    best = supers.T.contiguous().topk(min(keep, len(supers)), dim=1, sorted=False).indices
+    members = (best[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)                              # (q, keep * GROUP)
+    values, order = maxima.T.gather(1, members).topk(min(keep, members.shape[1]), dim=1)
+    return values, members.gather(1, order)
+
+
+class _Memory(threading.local):
+    """memory(name, *shape) -> float32, not cleared: the thread's own, handed out again and again; new pages cost a tenth of all."""
+
+    def __call__(self, name, *shape):
+        size = math.prod(shape)
+        if getattr(self, name, EMPTY).numel() < size:
+            setattr(self, name, torch.empty(size))
+        return getattr(self, name)[:size].view(shape)
