@@ -5,6 +5,8 @@
 reference.py defines the scores, cpu.py and triton_topk.py find the same ones sooner.
 """
 
+import os
+
 import torch
 
 from kernels import cpu, reference
@@ -19,16 +21,22 @@ def cosine_topk(queries, index, k, *, exclude=None, backend="auto"):
     in ascending order. Scores are computed in float64 and rounded to multiples of 2^-24, so that rounding noise does not order
     equal vectors (unless their cosine is within 1e-9 of the middle between two multiples). The result is the same, bit for
     bit, whatever the blocks, the threads and the batches of queries. Memory beside inputs and result: at most 128 MB.
-    backend: "torch", or "auto", the fastest there is (torch so far), "triton" (not built yet).
+    backend: "torch", "triton" (a GPU, or Triton's interpreter; k to 64, D to 1024), or "auto": triton where the queries are on a
+    GPU and k and D allow it, else torch. The result is the same.
     Raises ValueError for shapes, types or values that do not fit, and for k above the number of rows left to a query.
     """
     queries, index = torch.as_tensor(queries).detach(), torch.as_tensor(index).detach()
-    if backend == "triton":
-        raise NotImplementedError("backend 'triton' is not built yet: use 'auto' or 'torch'")
-    if backend not in ("auto", "torch"):
+    if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend {backend!r} is unknown: use 'auto', 'torch' or 'triton'")
     exclude = _validated(queries, index, k, exclude)
-    search = cpu.topk if queries.device.type == index.device.type == "cpu" else reference.topk
+    on_gpu = queries.device.type == "cuda"
+    if backend == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"backend 'triton' cannot compute on {queries.device}: it needs the queries on a GPU, or else "
+                         "TRITON_INTERPRET=1 in the environment; use 'auto' or 'torch'")
+    if backend == "triton" or backend == "auto" and on_gpu and k <= 64 and 1 <= queries.shape[1] <= 1024:
+        from kernels.triton_topk import topk as search                         # here: triton is slow to import, and not everywhere
+    else:
+        search = cpu.topk if queries.device.type == index.device.type == "cpu" else reference.topk
     with torch.autocast(queries.device.type, enabled=False):
         return reference.result(search(queries, index, int(k), exclude))
 

@@ -515,8 +515,3 @@ def with_value(matrix, row, value):
 def test_errors_name_the_value_and_the_remedy(arguments, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         cosine_topk(*arguments, **options)
-
-
-def test_triton_says_that_it_is_not_built():
-    with pytest.raises(NotImplementedError, match="'triton' is not built yet: use 'auto' or 'torch'"):
-        cosine_topk(Q, G, 1, backend="triton")
