@@ -99,7 +99,7 @@ def _through(queries, index, among, k, exclude, threads, spread):
     """Queries against the rows `among` (ascending) of the index, None is all -> (Q, k) keys, (Q,) bool: are they sure?
     None where the index is full of copies, seen by the first queries before the others pay for it, or by all in the end."""
     keep, width, rows = k + SPARE, queries.shape[1], len(index) if among is None else len(among)
-    noise = 2 * width + 40                                                                             # of scores that are 2^24 times
+    noise = 2 * width + 40  # of scores that are 2^24 times
     whole = rows - rows % GROUP**2 if rows > max(DIRECT, GROUP * (keep + GROUP)) else 0                # the others are the tail
     step = max(GROUP**2, CHUNK // width // 1024 * 1024)
     size = min(QUERY_BLOCK, -(-len(queries) // threads))

@@ -5,6 +5,7 @@
     topk(queries, index, k, exclude) -> (Q, k) int64 keys, all pairs scored
     best(queries, index, rows, k, exclude) -> (Q, k) keys, the given rows of each query scored
     result(keys) -> scores (Q, k) float32, rows (Q, k) int64
+    merged(parts, firsts, k) -> the same, of the results of searches in consecutive parts of an index
 
 Scores are whole multiples of 2^-24, the spacing of float32 between 0.5 and 1: rounding noise cannot order equal vectors. A key
 packs (score, row) into one int64 that orders as the result must: the score above the complement of the row. No two keys are
@@ -55,6 +56,13 @@ def as_keys(scores, rows):
 
 def result(keys):
     return ((keys >> 32) / ONE).float(), 2**32 - 1 - (keys & (2**32 - 1))
+
+
+def merged(parts, firsts, k):
+    """Results (scores, rows) of the parts of an index, each with at least min(k, what is left of it) columns, and the row at
+    which each part begins -> the result of the whole index, bit for bit. For several GPUs or processes."""
+    return result(torch.cat([as_keys(ONE * scores.double(), rows + first) for (scores, rows), first in zip(parts, firsts)], dim=1)
+                  .topk(k, dim=1).values)
 
 
 def best(queries, index, rows, k, exclude=None):

@@ -414,6 +414,16 @@ def test_the_cpu_path_needs_the_reference_for_few(kind):
     assert sum(len(call.args[0]) for call in whole.call_args_list if len(call.args[1]) == 9001) < 60
 
 
+@SEVERAL_SEARCHES
+@given(st.integers(0, 2**32), st.lists(st.integers(1, 39), max_size=3, unique=True), st.integers(1, 40))
+def test_merged_parts_of_an_index_are_the_whole(seed, cuts, k):
+    queries, index = made_search("few copies", seed, 5, 40, 3)
+    parts = index.tensor_split(sorted(cuts))
+    found = [cosine_topk(queries, part, min(k, len(part))) for part in parts]
+    for one, other in zip(reference.merged(found, [0, *sorted(cuts)], k), cosine_topk(queries, index, k)):
+        assert torch.equal(one, other)
+
+
 def test_scores_of_a_pair_are_the_same_in_any_company():
     queries, index = random_search(16, 5, 300, 77)
     together = reference.scores(queries[:, None], index[None])

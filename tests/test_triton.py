@@ -145,7 +145,8 @@ def test_compiles_for_gpus(gpu, size, keep):
     types = dict(queries=value, index=value, exclude="*i64", best="*fp32", rows="*i64", q_count="i32", g_count="i64", part="i64",
                  q_stride="i64", g_stride="i64", **dict.fromkeys(constants, "constexpr"))
     names = triton_topk.select.arg_names
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("queries", "index", "best", "rows", "q_stride", "g_stride")}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]]
+               for name in ("queries", "index", "best", "rows", "q_stride", "g_stride")}
     compiled = triton.compile(ASTSource(triton_topk.select, {name: types[name] for name in names}, constants, aligned),
                               target=GPUTarget(*gpu), options={"num_warps": warps, "num_stages": stages})
     shared, instruction = GPUS[gpu]
