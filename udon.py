@@ -71,7 +71,8 @@ class Config:
     teacher_dim: int = option(256, "width of the teachers' embeddings (paper: 256)")
     head_layers: int = option(1, "linear layers of each head, LayerNorm and GELU between them (paper: 1)")
 
-    sampler: str = option("dynamic", "which domain the next batch comes from (paper: dynamic)", STRATEGIES)
+    sampler: str | None = option(None, "which domain the next batch comes from; none: dynamic for udon (paper), round_robin for "
+                                       "udon with micro and mini and for the other methods", STRATEGIES)
     signal: str | None = option(None, "whose classification loss the dynamic sampler follows; none: the teacher's (paper), or "
                                       "the student's where no teacher is trained", ("teacher", "student"))
     period: int = option(100, "steps between two updates of the dynamic sampler's weights (paper: 1000, of 221,180 steps)")
@@ -527,7 +528,7 @@ def train(config, resume=False):
 def train_beside(config, results):
     """Trains the baseline config.beside with the same seed, data and budget, and prints the results of both in one table."""
     out = Path(config.out, config.beside)
-    other = dataclasses.replace(config, method=config.beside, out=str(out), beside="nothing", sampler="round_robin", signal=None,
+    other = dataclasses.replace(config, method=config.beside, out=str(out), beside="nothing", sampler=None, signal=None,
                                 negatives=None, domain_margin=None, teachers=None)
     print(f"\nthe baseline {config.beside}, in the same way:")
     baseline = train(other, resume=(out / "last.pt").exists())
@@ -595,14 +596,16 @@ MAY_CHANGE = ("steps", "workers", "device", "data", "out")                  # on
 
 def resolve(config):
     """The configuration with every field that depends on another filled in."""
-    init = config.init or (config.model if config.model in pretrained.COMPACT else "scratch")
+    compact = config.model in pretrained.COMPACT
+    init = config.init or (config.model if compact else "scratch")
     kind = "compact" if init in pretrained.COMPACT else "scratch" if init == "scratch" else "public"
     head_lr, backbone_lr, frozen_epochs = START[kind]
-    negatives = config.negatives or ("all" if config.method == "ujc" or config.model in pretrained.COMPACT
-                                     and config.method in ("udon", "distill") else "domain")
+    negatives = config.negatives or ("all" if config.method == "ujc" or compact and config.method in ("udon", "distill")
+                                     else "domain")
     margin = 0.2 if negatives == "all" and config.method != "ujc" else 0.0
     return dataclasses.replace(
         config, out=config.out or time.strftime("runs/%Y%m%d-%H%M%S"), init=init,
+        sampler=config.sampler or ("dynamic" if config.method == "udon" and not compact else "round_robin"),
         beside=config.beside or ("usc" if config.method == "udon" and config.data is None else "nothing"),
         negatives=negatives, domain_margin=margin if config.domain_margin is None else config.domain_margin,
         signal=config.signal or ("teacher" if trains_teachers(config) else "student"),

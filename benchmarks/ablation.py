@@ -33,44 +33,37 @@ MAIN, SHORT = 5, 3                                                # seeds of a m
 BASELINE = "usc-rr"
 
 # row -> (seeds, options of udon.py train, the row whose runs are its frozen teachers); `specialists` rows are one run a domain.
-# Where nothing else is said a row has the defaults of `mini`: UDON whose student has the classes of all domains for negatives.
-PAPER = "--negatives domain --domain-margin 0"
+# Where nothing else is said a row has the defaults of `mini`: round robin, and for a student beside teachers or distilled from
+# them the classes of all domains for negatives.
+PAPER = "--negatives domain --sampler"
 ROWS = {
-    "usc-rr": (MAIN, "--method usc --sampler round_robin", None),
-    "ujc-rr": (MAIN, "--method ujc --sampler round_robin", None),
-    "udon-rr": (MAIN, "--sampler round_robin", None),
+    "usc-rr": (MAIN, "--method usc", None),
+    "ujc-rr": (MAIN, "--method ujc", None),
     "udon": (MAIN, "", None),
-    "udon-paper": (MAIN, f"{PAPER} --sampler dynamic --signal teacher", None),
-    "udon-paper-rr": (MAIN, f"{PAPER} --sampler round_robin", None),
-    "specialists-256": (MAIN, "--method usc --sampler round_robin --student-dim 256", None),
-    "teachers": (MAIN, "--method teachers --sampler round_robin", None),
-    "distill-8": (MAIN, "--method distill --sampler round_robin --distill-into-backbone", "specialists-256"),
-    "distill-1": (MAIN, "--method distill --sampler round_robin --distill-into-backbone", "teachers"),
+    "udon-paper": (MAIN, f"{PAPER} dynamic", None),
+    "udon-paper-rr": (MAIN, f"{PAPER} round_robin", None),
+    "specialists-256": (MAIN, "--method usc --student-dim 256", None),
+    "teachers": (MAIN, "--method teachers", None),
+    "distill-8": (MAIN, "--method distill --distill-into-backbone", "specialists-256"),
+    "distill-1": (MAIN, "--method distill --distill-into-backbone", "teachers"),
     "backbone": (1, "--method backbone", None),
     "usc-size": (SHORT, "--method usc --sampler size", None),
     "ujc-size": (SHORT, "--method ujc --sampler size", None),
-    "specialists-64": (SHORT, "--method usc --sampler round_robin --student-dim 64", None),
+    "specialists-64": (SHORT, "--method usc --student-dim 64", None),
     "dynamic-teacher": (SHORT, "--sampler dynamic --signal teacher", None),
     "dynamic-student": (SHORT, "--sampler dynamic --signal student", None),
-    "dynamic-relative": (SHORT, "--sampler dynamic --signal relative", None),
-    "dynamic-progress": (SHORT, "--sampler dynamic --signal progress", None),
-    "dynamic-validation": (SHORT, "--sampler dynamic --signal validation", None),
     "no-margin": (SHORT, "--domain-margin 0", None),
     "no-logit": (SHORT, "--weights 1 1 0 1", None),
     "no-relational": (SHORT, "--weights 1 1 1 0", None),
     "no-distillation": (SHORT, "--weights 1 1 0 0", None),
     "into-backbone": (SHORT, "--distill-into-backbone", None),
-    "decoupled-logit": (SHORT, "--logit decoupled", None),
-    "centred-relational": (SHORT, "--relational centred", None),
-    "relational-memory": (SHORT, "--memory 256", None),
-    "mean-teacher": (SHORT, "--teacher-ema 0.99", None),
     "mlp-heads": (SHORT, "--head-layers 2", None),
     "student-32": (SHORT, "--student-dim 32", None),
     "student-128": (SHORT, "--student-dim 128", None),
     "teacher-64": (SHORT, "--teacher-dim 64", None),
     "teacher-512": (SHORT, "--teacher-dim 512", None),
     "zero-gradients": (SHORT, "--inactive-heads zero", None),
-    "micro-usc-rr": (SHORT, "--model micro --method usc --sampler round_robin", None),
+    "micro-usc-rr": (SHORT, "--model micro --method usc", None),
     "micro-udon": (SHORT, "--model micro", None),
 }
 
@@ -230,6 +223,10 @@ def difference(results, row, other, pick):
     return f"{statistics.fmean(pairs):+.1f} ({'p < 0.001' if p < 0.001 else f'p = {p:.3f}'})"
 
 
+def first_of(runs):
+    return next(iter(runs.values()))
+
+
 def millions(number):
     return f"{number / 1e6:.2f}"
 
@@ -237,16 +234,17 @@ def millions(number):
 LABELS = {
     "backbone": "backbone as pre-trained, full width", "usc-rr": "USC, round robin", "usc-size": "USC, by size",
     "ujc-rr": "UJC, round robin", "ujc-size": "UJC, by size", "distill-8": "distilled from 8 separate teachers",
-    "distill-1": "distilled from 1 separate teacher model", "udon": "**UDON**", "udon-rr": "UDON, static round robin",
+    "distill-1": "distilled from 1 separate teacher model", "udon-paper": "UDON as published",
+    "udon-paper-rr": "UDON as published, round robin", "udon": "**UDON, the default of `mini`**",
 }
-SYSTEMS = ("backbone", "usc-rr", "usc-size", "ujc-rr", "ujc-size", "distill-8", "distill-1", "udon-rr", "udon")
+SYSTEMS = ("backbone", "usc-rr", "usc-size", "ujc-rr", "ujc-size", "distill-8", "distill-1", "udon-paper-rr", "udon-paper", "udon")
 TOGETHER = {"distill-8": "specialists-256", "distill-1": "teachers"}             # whose training a distillation needs first
 
 
 def line(results, row, pick=lambda result: result["mean"], seconds=True):
     """One row of a table of systems."""
     runs = results[row]
-    first = next(iter(runs.values()))
+    first = first_of(runs)
     metrics = [shown([pick(run)[metric] for run in runs.values()]) for metric in ("recall_at_1", "mmp_at_5")]
     gains = [difference(results, row, BASELINE, lambda run: pick(run)[metric]) for metric in ("recall_at_1", "mmp_at_5")]
     time_of = lambda name, seed: results[name][seed]["cpu_seconds"] if seed in results.get(name, {}) else math.nan
@@ -276,23 +274,26 @@ def tables(results):
             means = [run["further"][further]["mean"] if further else run["mean"] for run in results[row].values()]
             text.append(f"| {label} | " + " | ".join(shown([m[metric] for m in means]) for metric in ("recall_at_1", "mmp_at_5"))
                         + f" | {len(means)} |")
-    shownrows = [row for row in ("backbone", "usc-rr", "ujc-rr", "distill-8", "distill-1", "udon-rr", "udon") if row in results]
-    domains = list(next(iter(results[BASELINE].values()))["domains"])
+    shownrows = [row for row in SYSTEMS if row in results and not row.endswith("-size")]
+    domains = list(first_of(results[BASELINE])["domains"])
     text += ["", "R@1 of each domain, merged index:", "", "| system | " + " | ".join(domains) + " |",
              "|---" * (len(domains) + 1) + "|"]
     for row in shownrows:
         cells = [shown([run["domains"][domain]["recall_at_1"] for run in results[row].values()]) for domain in domains]
         text.append(f"| {LABELS[row]} | " + " | ".join(cells) + " |")
-    if {"udon", "udon-rr"} <= results.keys():
-        text += ["", "The dynamic sampler: thousands of images given to each domain, its weight at the end, and what it gains.", "",
-                 "| | " + " | ".join(domains) + " |", "|---" * (len(domains) + 1) + "|"]
-        for row in ("udon-rr", "udon"):
+    if {"udon-paper", "udon-paper-rr"} <= results.keys():
+        text += ["", "The dynamic sampler: thousands of images given to each domain, its weights on the way, what each domain gains.",
+                 "", "| | " + " | ".join(domains) + " |", "|---" * (len(domains) + 1) + "|"]
+        for row in ("udon-paper-rr", "udon-paper"):
             images = [statistics.fmean(run["images"][d] for run in results[row].values()) / 1000 for d in domains]
             text.append(f"| images, {LABELS[row]} | " + " | ".join(f"{count:.1f}" for count in images) + " |")
-        last = [list(run["sampler_weights"].values())[-1] for run in results["udon"].values()]
-        text.append("| last weight, % | " + " | ".join(f"{100 * statistics.fmean(w[d] for w in last):.1f}" for d in domains) + " |")
-        gains = [difference(results, "udon", "udon-rr", lambda run: run["domains"][d]["recall_at_1"]) for d in domains]
-        text.append("| R@1 − round robin | " + " | ".join(gains) + " |")
+        for step in first_of(results["udon-paper"])["sampler_weights"]:
+            weights = [run["sampler_weights"][step] for run in results["udon-paper"].values()]
+            text.append(f"| weight after step {step}, % | "
+                        + " | ".join(f"{100 * statistics.fmean(w[d] for w in weights):.1f}" for d in domains) + " |")
+        for metric, name in (("recall_at_1", "R@1"), ("mmp_at_5", "mMP@5")):
+            gains = [difference(results, "udon-paper", "udon-paper-rr", lambda run: run["domains"][d][metric]) for d in domains]
+            text.append(f"| {name} − round robin | " + " | ".join(gains) + " |")
     return "\n".join(text) + "\n"
 
 

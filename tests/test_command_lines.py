@@ -95,9 +95,30 @@ def test_without_data_the_procedural_domains_are_trained_on(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)                                # the default --out is a folder of its own below runs/
     udon.main(["train", *QUICK[:4], "--steps", "1"])
     (out,) = (tmp_path / "runs").iterdir()
-    assert len(json.loads((out / "test.json").read_text())["domains"]) == 8
+    result = json.loads((out / "test.json").read_text())
+    assert len(result["domains"]) == 8
+    baseline = json.loads((out / "usc" / "test.json").read_text())
+    assert baseline["method"] == "usc" and baseline["untrained"] != result["domains"]
+    last = capsys.readouterr().out.split("udon and usc")[-1]
+    shown = [f"{100 * x[metric]:.2f}" for x in (result["mean"], baseline["mean"], result["untrained"]["mean"])
+             for metric in ("recall_at_1", "mmp_at_5")]
+    assert next(line for line in last.splitlines() if line.startswith("mean ")).split()[1:] == shown
     evaluate.main([str(out / "best.pt"), "--device", "cpu"])
     assert "the procedural domains" in capsys.readouterr().out
+
+
+def test_a_baseline_is_trained_beside_and_gone_on_with(uned, tmp_path, capsys):
+    """With the same seed, data and budget; a run killed in the baseline goes on with it, and leaves the finished one alone."""
+    out = tmp_path / "run"
+    udon.main(["train", "--data", str(uned), "--out", str(out), *QUICK, "--beside", "ujc", "--seed", "2"])
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (out, out / "ujc"))
+    differing = {name for name in ours if ours[name] != theirs[name]}
+    assert differing == {"method", "out", "beside", "sampler", "signal", "domain_margin"}
+    before = (out / "ujc" / "test.json").read_text()
+    (out / "ujc" / "test.json").unlink()
+    udon.main(["train", "--out", str(out), "--resume"])
+    again = json.loads((out / "ujc" / "test.json").read_text())
+    assert again["domains"] == json.loads(before)["domains"] and "udon and ujc" in capsys.readouterr().out
 
 
 def test_a_finished_run_can_be_resumed(trained, uned, capsys):

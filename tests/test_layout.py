@@ -75,22 +75,29 @@ def test_line_counts():
     assert f"The idea is {idea} lines" in readme(), idea
 
 
+def procedural(seed, *, method=""):
+    return json.loads((ROOT / "results" / "procedural" / f"seed{seed}" / method / "test.json").read_text())
+
+
 def test_numbers_come_from_results():
     """Mean and spread over the seeds, the printed table, the overhead: as in the files that the commands wrote."""
-    runs = [json.loads((ROOT / "results" / "procedural" / f"seed{seed}" / "test.json").read_text()) for seed in range(3)]
     text = readme()
-    for trained, metric in ((True, "recall_at_1"), (True, "mmp_at_5"), (False, "recall_at_1")):
-        values = [100 * (run if trained else run["untrained"])["mean"][metric] for run in runs]
+    for method, metric in (("", "recall_at_1"), ("", "mmp_at_5"), ("usc", "recall_at_1")):
+        values = [100 * procedural(seed, method=method)["mean"][metric] for seed in range(3)]
         shown = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-        assert shown in text, f"{metric}, trained {trained}: {shown}"
-    mean = runs[0]["mean"], runs[0]["untrained"]["mean"]
+        assert shown in text, f"{method} {metric}: {shown}"
+    mean = procedural(0)["mean"], procedural(0, method="usc")["mean"], procedural(0)["untrained"]["mean"]
     printed = next(line for line in text.splitlines() if line.startswith("mean "))
     assert printed.split()[1:] == [f"{100 * m[metric]:.2f}" for m in mean for metric in ("recall_at_1", "mmp_at_5")]
-    for method in ("usc", "ujc"):
-        result = json.loads((ROOT / "results" / "baselines" / method / "test.json").read_text())
-        assert f"(`{method}`) {100 * result['mean']['recall_at_1']:.1f}" in text
     overhead = json.loads((ROOT / "results" / "step_overhead.json").read_text())
     assert all(shown in text for shown in (f"**{overhead['ratio_udon_to_usc']:.3f}**", overhead["command"], overhead["machine"]))
+
+
+def test_the_ablation_tables_come_from_results():
+    """Every digit of them: written again from results/ablation/, they are the same."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import ablation
+    assert ablation.tables(ablation.read(ablation.RESULTS)) == readme().split("<!-- ablation -->\n")[1].split("<!-- end of")[0]
 
 
 def test_results_were_written_by_the_defaults_of_now():

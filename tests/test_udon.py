@@ -498,7 +498,7 @@ def test_what_a_run_says_it_spent(uned, tmp_path, capsys):
 
 @pytest.mark.parametrize("signal", ["teacher", "student"])
 def test_the_sampler_hears_the_signal(uned, tmp_path, capsys, signal):
-    train(uned, tmp_path / "run", "--steps", "6", "--period", "6", "--signal", signal, "--val-every", "6")
+    train(uned, tmp_path / "run", "--steps", "6", "--period", "6", "--sampler", "dynamic", "--signal", signal, "--val-every", "6")
     lines = steps_in(tmp_path / "run")
     means = {d: np.mean([line[f"{signal}_classification"] for line in lines if line["domain"] == d]) for d in ("birds", "cars")}
     weights = json.loads((tmp_path / "run" / "test.json").read_text())["sampler_weights"]["6"]
