@@ -113,7 +113,7 @@ def test_a_baseline_is_trained_beside_and_gone_on_with(uned, tmp_path, capsys):
     udon.main(["train", "--data", str(uned), "--out", str(out), *QUICK, "--beside", "ujc", "--seed", "2"])
     ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (out, out / "ujc"))
     differing = {name for name in ours if ours[name] != theirs[name]}
-    assert differing == {"method", "out", "beside", "sampler", "signal", "domain_margin"}
+    assert differing == {"method", "out", "beside", "signal", "domain_margin"}
     before = (out / "ujc" / "test.json").read_text()
     (out / "ujc" / "test.json").unlink()
     udon.main(["train", "--out", str(out), "--resume"])
@@ -130,7 +130,7 @@ def test_a_finished_run_can_be_resumed(trained, uned, capsys):
 def test_help_lists_every_option():
     status, stdout, _ = run("udon.py", "train", "--help")
     assert status == 0 and all(udon.flag(name) in stdout for name in udon.Config.__dataclass_fields__)
-    assert "(default: 32)" in stdout and "paper: 1000" in stdout
+    assert "(default: 64)" in stdout and "paper: 1000" in stdout
     assert run("evaluate.py", "--help")[0] == 0
 
 

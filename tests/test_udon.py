@@ -396,10 +396,12 @@ def test_a_small_set_is_learned(uned, tmp_path, capsys, method):
     if method == "distill":
         train(uned, tmp_path / "teachers", "--method", "teachers", *settings)
         further = ["--teachers", str(tmp_path / "teachers" / "best.pt")]
+    if method in ("udon", "distill"):
+        further += ["--negatives", "domain"]
     train(uned, tmp_path / "run", "--method", method, *settings, *further)
     losses = [line["teacher_classification" if method == "teachers" else "student_classification"]
               for line in steps_in(tmp_path / "run")]
-    undecided = math.log(4 if method in ("usc", "teachers") else 8)      # negatives: the domain's own, or all
+    undecided = math.log(8 if method == "ujc" else 4)
     assert np.mean(losses[-10:]) < 0.6 * undecided, f"{np.mean(losses[:5]):.2f} -> {np.mean(losses[-10:]):.2f}"
 
 
