@@ -105,8 +105,8 @@ class Config:
                                                "classes, so that domains keep apart; none: 0.2 for udon and distill, 0 for ujc")
     distill_into_backbone: bool = option(False, "let distillation train the backbone too, as the official code does (paper: no)")
 
-    min_area: float | None = option(None, "least share of a training image's area that a random crop keeps; none: crops of a "
-                                          "fixed size, 7/8 of the side (paper)")
+    min_area: float | None = option(None, "training crops of a random size and aspect, from this share of the image's area up; "
+                                          "none: crops of a fixed size, 7/8 of the side (paper)")
     antialias: bool = option(True, "antialias when images are made smaller (official code: no)")
     seed: int = option(0, "of weights, batches and sampler")
     val_every: int | None = option(None, "steps between validations; none: an epoch")
@@ -168,7 +168,8 @@ class Losses(typing.NamedTuple):
     relational_distillation: torch.Tensor
 
 
-# Who receives gradient from which loss (paper section 3). All rows are the batch's own domain; other domains receive none.
+# Who receives gradient from which loss (paper section 3). All columns are of the batch's own domain; other domains' heads and
+# classifiers receive none (but for their student classifiers from student_classification, with the negatives of all domains).
 #
 #                               backbone   student_head   student_classifier   teacher_head   teacher_classifier
 #   teacher_classification         x                                                x                 x
@@ -180,8 +181,7 @@ class Losses(typing.NamedTuple):
 
 
 def compute_losses(model, images, labels, domain, *, weights=(1, 1, 1, 1), relational_scale=32.0, distill_into_backbone=False,
-                   classification="normface", margin=0.0, negatives="domain",
-                   domain_margin=0.0, teachers=None):
+                   classification="normface", margin=0.0, negatives="domain", domain_margin=0.0, teachers=None):
     """The four losses of one batch, images (B, 3, H, W) and labels (B,) in 0..C-1, all of `domain`; -> Losses.
 
     total = the mean of the four, weighted by `weights` in the order of Losses' fields. Source: paper section 3.

@@ -1,5 +1,6 @@
 """benchmarks/ablation.py: the statistics against known values, the tables from made-up results, a grid that stops and goes on."""
 
+import argparse
 import json
 import math
 import statistics
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import ablation  # noqa: E402
+import data  # noqa: E402
 import udon  # noqa: E402
 
 QUANTILES = {1: 12.7062047364, 2: 4.30265272991, 3: 3.18244630528, 4: 2.7764451052, 5: 2.57058183661, 8: 2.30600413503,
@@ -88,6 +90,15 @@ def test_every_row_is_a_valid_command():
         given.pop("command"), given.pop("resume")
         udon.resolve(udon.Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}))
         assert teachers is None or teachers in ablation.ROWS, row
+
+
+def test_a_specialists_share(uned):
+    """Of 6 steps in an epoch of 40 images, one frozen, each of two domains gets the half, in parts of its own epochs."""
+    grid = ablation.Grid(argparse.Namespace(data=str(uned)))
+    (_, steps), (_, frozen_epochs), (_, val_every) = zip(*[iter(grid.share("cars"))] * 2)
+    run = udon.Run.of(udon.resolve(udon.Config()), {d: data.Benchmark(uned).split(d, "train") for d in ("birds", "cars")}, None)
+    assert (steps, val_every) == (run.steps // 2, 1)
+    assert frozen_epochs * 1 == run.frozen_steps / 2               # an epoch of one domain is one step too
 
 
 def test_a_grid_that_stops_and_goes_on(uned, tmp_path, monkeypatch, capsys):
