@@ -12,7 +12,6 @@ A run ends with the test table: R@1 and mMP@5 on classes never trained on, besid
 """
 
 import argparse
-import copy
 import dataclasses
 import json
 import math
@@ -75,13 +74,7 @@ class Config:
     sampler: str | None = option(None, "which domain the next batch comes from; none: dynamic for udon (paper), round_robin for "
                                        "udon with micro and mini and for the other methods", STRATEGIES)
     signal: str | None = option(None, "whose classification loss the dynamic sampler follows; none: the teacher's (paper), or "
-                                      "the student's where no teacher is trained", ("teacher", "student", "relative", "progress", "validation"))
-    logit: str = option("kl", "tried: logit distillation by KL, or decoupled (arXiv:2203.08679), target + 2 x others", ("kl", "decoupled"))
-    relational: str = option("squared", "tried: relational distillation of similarities, or of their deviations from the mean",
-                             ("squared", "centred"))
-    memory: int = option(0, "tried: past embeddings of the domain that relational distillation compares the batch with too")
-    teacher_ema: float = option(0.0, "tried: decay of a running mean of the network, whose teachers are distilled from")
-    weight_ema: float = option(0.0, "tried: decay of a running mean of the weights, which is validated, kept and tested")
+                                      "the student's where no teacher is trained", ("teacher", "student"))
     period: int = option(100, "steps between two updates of the dynamic sampler's weights (paper: 1000, of 221,180 steps)")
     batch_size: int = option(64, "images a step, all of one domain (paper: 128)")
     epochs: float = option(6.0, "passes over as many images as all domains have (paper: 10)")
@@ -150,7 +143,7 @@ class Config:
         if self.method == "distill" and not sum(self.weights[1:]):
             raise data.InputError(f"--weights are {self.weights} with --method distill, which has no use for the first: one of the "
                                   "others must be above 0")
-        if self.signal not in (None, "student") and self.method not in ("udon", "teachers"):
+        if self.signal == "teacher" and self.method not in ("udon", "teachers"):
             raise data.InputError(f"--signal is teacher with --method {self.method}: only udon and teachers train a teacher, use "
                                   "student")
         if self.signal == "student" and self.method == "teachers":
@@ -188,8 +181,7 @@ class Losses(typing.NamedTuple):
 
 
 def compute_losses(model, images, labels, domain, *, weights=(1, 1, 1, 1), relational_scale=32.0, distill_into_backbone=False,
-                   classification="normface", margin=0.0, negatives="domain", domain_margin=0.0, teachers=None,
-                   tried=None):
+                   classification="normface", margin=0.0, negatives="domain", domain_margin=0.0, teachers=None):
     """The four losses of one batch, images (B, 3, H, W) and labels (B,) in 0..C-1, all of `domain`; -> Losses.
 
     total = the mean of the four, weighted by `weights` in the order of Losses' fields. Source: paper section 3.
@@ -207,18 +199,11 @@ def compute_losses(model, images, labels, domain, *, weights=(1, 1, 1, 1), relat
     if not distill_into_backbone:                                               # the same values, cut off from the backbone
         distilled = model.student_head(outputs.backbone.detach())
         distilled_cosines = model.student_classifiers[domain](distilled)
-    logit, relational = logit_distillation_loss, relational_distillation_loss
-    if tried and tried.logit == "decoupled":
-        logit = lambda s, t: decoupled_distillation_loss(s, t, labels)
-    if tried and tried.relational == "centred":
-        relational = centred_relational_loss
-    if tried and tried.memory:
-        relational = lambda s, t, scale: relational_loss_with_memory(s, t, domain, tried.memory, scale)
     losses = (
         teacher_classification(outputs, labels, margin=margin, kind=classification),
         student_classification(model, outputs, labels, domain, negatives, domain_margin, margin=margin, kind=classification),
-        logit(distilled_cosines, teacher_cosines),                              # detaches the teacher
-        relational(distilled, teacher, scale=relational_scale),
+        logit_distillation_loss(distilled_cosines, teacher_cosines),            # detaches the teacher
+        relational_distillation_loss(distilled, teacher, scale=relational_scale),
     )
     terms = [(weight, loss) for weight, loss in zip(weights, losses) if loss is not None]
     return Losses(sum(weight * loss for weight, loss in terms) / sum(weight for weight, _ in terms), *losses)
@@ -226,61 +211,6 @@ def compute_losses(model, images, labels, domain, *, weights=(1, 1, 1, 1), relat
 
 def teacher_classification(outputs, labels, **settings):
     return None if outputs.teacher is None else classification_loss(outputs.teacher_cosines, labels, **settings)
-
-
-def decoupled_distillation_loss(student_cosines, teacher_cosines, labels):
-    true = torch.nn.functional.one_hot(labels, student_cosines.shape[1]).bool()
-    student, teacher = 10 * student_cosines, 10 * teacher_cosines.detach()
-    s, t = (x.softmax(1)[true].clamp(1e-7, 1 - 1e-7) for x in (student, teacher))
-    target = (t * (t / s).log() + (1 - t) * ((1 - t) / (1 - s)).log()).mean()
-    others = [x.masked_fill(true, -1e4).log_softmax(1) for x in (student, teacher)]
-    return target + 2 * torch.nn.functional.kl_div(*others, reduction="batchmean", log_target=True)
-
-
-def centred_relational_loss(student, teacher, *, scale):
-    difference = student @ student.T - (teacher @ teacher.T).detach()
-    off = ~torch.eye(len(difference), dtype=torch.bool)
-    return scale * (difference[off] - difference[off].mean()).square().sum() / difference.numel()
-
-
-PAST = {}
-
-
-def relational_loss_with_memory(student, teacher, domain, size, scale):
-    teacher = teacher.detach()
-    students, teachers = PAST.get(domain, (student.detach()[:0], teacher[:0]))
-    students, teachers = torch.cat([student, students]), torch.cat([teacher, teachers])
-    PAST[domain] = students.detach()[:size], teachers[:size]
-    return scale * (student @ students.T - teacher @ teachers.T).square().mean()
-
-
-class RunningMean:
-    def __init__(self, model, decay):
-        self.model, self.decay = copy.deepcopy(model).requires_grad_(False), decay
-
-    @torch.no_grad()
-    def __call__(self, images, domain):
-        outputs = self.model(images, domain)
-        return outputs.teacher, outputs.teacher_cosines
-
-    @torch.no_grad()
-    def update(self, model, step):
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - min(self.decay, (step + 1) / (step + 10)))
-
-
-SIGNALS = {}
-
-
-def signal_of(config, values, model, domain):
-    if config.signal == "relative":
-        return values.teacher_classification / math.log(max(2, model.student_classifiers[domain].out_features))
-    if config.signal == "progress":
-        first = SIGNALS.setdefault(domain, [])
-        first += [values.teacher_classification] if len(first) < 10 else []
-        return values.teacher_classification / (sum(first) / len(first))
-    if config.signal == "validation":
-        return 1 - SIGNALS.get("validation", {}).get(domain, {"recall_at_1": 0.0})["recall_at_1"]
-    return getattr(values, f"{config.signal}_classification")
 
 
 def student_classification(model, outputs, labels, domain, negatives="domain", domain_margin=0.0, **settings):
@@ -324,7 +254,7 @@ def training_step(step, model, batches, sampler, optimizer, config, run):
         losses = compute_losses(model, images, labels, domain, weights=config.weights, relational_scale=config.relational_scale,
                                 distill_into_backbone=config.distill_into_backbone, classification=config.classification,
                                 margin=config.margin, negatives=config.negatives, domain_margin=config.domain_margin,
-                                teachers=run.teachers, tried=config)
+                                teachers=run.teachers)
     else:
         losses = single_model_losses(model, images, labels, domain, classification=config.classification, margin=config.margin,
                                      negatives=config.negatives, domain_margin=config.domain_margin)
@@ -347,9 +277,7 @@ def training_step(step, model, batches, sampler, optimizer, config, run):
     optimizer.step()
 
     # 8  The sampler hears how hard the domain still is for its teacher (or student: where there is no other).
-    if config.teacher_ema:
-        run.teachers.update(model, step)
-    sampler.observe(domain, signal_of(config, values, model, domain))
+    sampler.observe(domain, getattr(values, f"{config.signal}_classification"))
     return domain, values, waited
 
 
@@ -501,8 +429,6 @@ def train(config, resume=False):
     teachers = None
     if config.method == "distill":
         teachers = FrozenTeachers(config.teachers, counts, size, preprocessing, config.device)
-    if config.teacher_ema:
-        teachers = RunningMean(model, config.teacher_ema)
     run = Run.of(config, splits, preprocessing, teachers)
     describe(config, run, counts, splits, model)
 
@@ -540,23 +466,19 @@ def train(config, resume=False):
     keep_metrics_until(step, out / "metrics.jsonl")
     save_last()
 
-    live, mean = model, RunningMean(model, config.weight_ema)
     first, started, waited = step, time.perf_counter(), 0.0
     paused, said = 0.0, started                                          # paused: seconds of validation and checkpoints
     with open(out / "metrics.jsonl", "a", encoding="utf-8", buffering=1) as metrics:
 
         def validate():
             """Mean R@1 of the merged val index; the best so far goes to best.pt."""
-            nonlocal best, validated, model
-            model = mean.model if config.weight_ema else live
-            results = evaluate.evaluate(model, val_sets, preprocessing, index=index, embedding=embedding)
-            SIGNALS["validation"], results = results["domains"], results["mean"]
-            live.train()
+            nonlocal best, validated
+            results = evaluate.evaluate(model, val_sets, preprocessing, index=index, embedding=embedding)["mean"]
+            model.train()
             validated, better = step, results["recall_at_1"] > best["recall_at_1"]
             if better:
                 best = {"step": step, "recall_at_1": results["recall_at_1"]}
                 save(out / "best.pt", checkpoint())
-            model = live
             metrics.write(json.dumps({"step": step, "val": results, "sampler_weights": sampler.weights}) + "\n")
             print(f"step {step:,} validation: mean R@1 {100 * results['recall_at_1']:.2f}, mMP@5 {100 * results['mmp_at_5']:.2f}"
                   f"{' (best so far)' if better else ''}", flush=True)
@@ -566,8 +488,6 @@ def train(config, resume=False):
         while step < run.steps:
             begun = time.perf_counter(), time.process_time()
             domain, losses, seconds = training_step(step, model, stream, sampler, optimizer, config, run)
-            if config.weight_ema:
-                mean.update(live, step)
             spent = {"seconds": time.perf_counter() - begun[0], "cpu_seconds": time.process_time() - begun[1]}
             waited += seconds
             step += 1
