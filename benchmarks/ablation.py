@@ -264,6 +264,10 @@ def tables(results):
     text = [HEADING, *(line(results, row) for row in SYSTEMS if row in results)]
     others = [row for row in ROWS if row in results and row not in SYSTEMS and not row.startswith(("specialists", "teachers"))]
     text += ["", "Variations:", "", HEADING, *(line(results, row) for row in others)]
+    tried = sorted(results.keys() - ROWS.keys())
+    if tried:
+        text += ["", "Tried and not kept, with the code of the version that their results name:", "", HEADING,
+                 *(line(results, row) for row in tried)]
     oracle = [("specialists-64", None, "8 specialists, 64-d"),
               ("specialists-256", None, "8 specialists, 256-d: 8 separate teachers"),
               ("teachers", None, "1 separate teacher model"), ("udon", "teacher-separate", "UDON's teachers"),

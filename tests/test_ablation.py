@@ -59,7 +59,7 @@ def made_up(row, seed, recall, **changes):
 
 def test_tables(tmp_path):
     results = {"usc-rr": [0.30, 0.32, 0.34], "udon": [0.35, 0.36, 0.40], "udon-paper": [0.33, 0.36, 0.36],
-               "udon-paper-rr": [0.32, 0.33, 0.34], "no-logit": [0.31]}
+               "udon-paper-rr": [0.32, 0.33, 0.34], "no-logit": [0.31], "folly": [0.1]}
     for row, recalls in results.items():
         for seed, recall in enumerate(recalls):
             file = tmp_path / "results" / row / f"seed{seed}.json"
@@ -78,6 +78,7 @@ def test_tables(tmp_path):
     differences = [5.0, 4.0, 6.0]
     assert f"+5.0 (p = {ablation.p_value(differences):.3f})" in row
     assert "| `no-logit` | 31.0 |" in text, "one seed has no interval"
+    assert "| `folly` | 10.0 |" in text.split("Tried and not kept")[1], "a row that has gone keeps its results"
     assert "| images, UDON as published | 1.0 | 3.0 |" in text and "| weight after step 9, % | 25.0 | 75.0 |" in text
     gain = f"+2.0 (p = {ablation.p_value([1.0, 3.0, 2.0]):.3f})"
     assert f"| R@1 − round robin | {gain} | {gain} |" in text
