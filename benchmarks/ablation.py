@@ -39,6 +39,7 @@ PAPER = "--negatives domain --sampler"
 ROWS = {
     "usc-rr": (MAIN, "--method usc", None),
     "ujc-rr": (MAIN, "--method ujc", None),
+    "ujc-margin": (MAIN, "--method ujc --domain-margin 0.2", None),
     "udon": (MAIN, "", None),
     "udon-paper": (MAIN, f"{PAPER} dynamic", None),
     "udon-paper-rr": (MAIN, f"{PAPER} round_robin", None),
@@ -233,11 +234,13 @@ def millions(number):
 
 LABELS = {
     "backbone": "backbone as pre-trained, full width", "usc-rr": "USC, round robin", "usc-size": "USC, by size",
-    "ujc-rr": "UJC, round robin", "ujc-size": "UJC, by size", "distill-8": "distilled from 8 separate teachers",
+    "ujc-rr": "UJC, round robin", "ujc-size": "UJC, by size",
+    "ujc-margin": "UJC with UDON's domain margin", "distill-8": "distilled from 8 separate teachers",
     "distill-1": "distilled from 1 separate teacher model", "udon-paper": "UDON as published",
     "udon-paper-rr": "UDON as published, round robin", "udon": "**UDON, the default of `mini`**",
 }
-SYSTEMS = ("backbone", "usc-rr", "usc-size", "ujc-rr", "ujc-size", "distill-8", "distill-1", "udon-paper-rr", "udon-paper", "udon")
+SYSTEMS = ("backbone", "usc-rr", "usc-size", "ujc-rr", "ujc-size", "ujc-margin", "distill-8", "distill-1", "udon-paper-rr",
+           "udon-paper", "udon")
 TOGETHER = {"distill-8": "specialists-256", "distill-1": "teachers"}             # whose training a distillation needs first
 
 
