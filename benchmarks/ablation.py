@@ -145,7 +145,8 @@ class Grid:
         result |= {"version": version(), "machine": f"{platform.machine()}, {os.cpu_count()} processors, one thread a run",
                    "date": time.strftime("%Y-%m-%d")}
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.with_suffix(".partial").write_text(json.dumps(result, indent=1) + "\n")
+        text = json.dumps(result, indent=1).replace(self.options.data, Path(self.options.data).name).replace(f"{ROOT}{os.sep}", "")
+        target.with_suffix(".partial").write_text(text + "\n")                        # without the folders of this machine
         os.replace(target.with_suffix(".partial"), target)
         print(f"{time.strftime('%H:%M:%S')} {row} seed {seed}: R@1 {100 * result['mean']['recall_at_1']:.2f}", flush=True)
 
@@ -266,7 +267,8 @@ def tables(results):
     """The README's tables as one text."""
     text = [HEADING, *(line(results, row) for row in SYSTEMS if row in results)]
     others = [row for row in ROWS if row in results and row not in SYSTEMS and not row.startswith(("specialists", "teachers"))]
-    text += ["", "Variations:", "", HEADING, *(line(results, row) for row in others)]
+    if others:
+        text += ["", "Variations:", "", HEADING, *(line(results, row) for row in others)]
     tried = sorted(results.keys() - ROWS.keys())
     if tried:
         text += ["", "Tried and not kept, with the code of the version that their results name:", "", HEADING,

@@ -116,6 +116,7 @@ def test_a_grid_that_stops_and_goes_on(uned, tmp_path, monkeypatch, capsys):
     assert files == ["distill-8/seed0.json", "specialists-256/seed0.json", "udon/seed0.json", "udon/seed1.json"]
     result = json.loads((tmp_path / "results" / "udon" / "seed1.json").read_text())
     assert result["config"]["seed"] == 1 and set(result["further"]) == {"student-separate", "teacher-separate", "backbone-merged"}
+    assert str(uned) not in json.dumps(result) and result["config"]["data"] == uned.name
     assert result["images"] == {"birds": 12, "cars": 12} and result["version"] and result["cpu_seconds"] > 0
     specialists = json.loads((tmp_path / "results" / "specialists-256" / "seed0.json").read_text())
     assert specialists["images"] == {"birds": 12, "cars": 12} and set(specialists["domains"]) == {"birds", "cars"}
