@@ -291,7 +291,7 @@ def tables(results):
         cells = [shown([run["domains"][domain]["recall_at_1"] for run in results[row].values()]) for domain in domains]
         text.append(f"| {LABELS[row]} | " + " | ".join(cells) + " |")
     if {"udon-paper", "udon-paper-rr"} <= results.keys():
-        text += ["", "The dynamic sampler: thousands of images given to each domain, its weights on the way, and what it gains.", "",
+        text += ["", "The dynamic sampler: thousands of images given to each domain, its weights, and what it gains.", "",
                  "| | " + " | ".join(domains) + " |", "|---" * (len(domains) + 1) + "|"]
         for row in ("udon-paper-rr", "udon-paper"):
             images = [statistics.fmean(run["images"][d] for run in results[row].values()) / 1000 for d in domains]
