@@ -133,15 +133,15 @@ class Grid:
                   **combined(parts), "further": {}}
         if not row.startswith("specialists"):
             result["config"] = json.loads((folder / "config.json").read_text())
-            trained = {"teachers": [("teacher", "separate")], "backbone": [("backbone", "merged"), ("backbone", "separate")]}
-            others = [("student", "separate"), ("backbone", "merged")]
-            others += [("teacher", "separate")] if result["method"] == "udon" else []
-            for embedding, index in trained.get(result["method"], others):
+            further = [("student", "separate"), ("backbone", "merged")] if ROWS[row][0] == MAIN and row != "teachers" else []
+            if further and result["method"] == "udon":
+                further.append(("teacher", "separate"))
+            for embedding, index in further:
                 file = folder / f"{embedding}-{index}.json"
                 call("evaluate.py", folder / "best.pt", "--embedding", embedding, "--index", index, "--json", file,
                      log=folder.with_suffix(".log"))
-                further = json.loads(file.read_text())
-                result["further"][f"{embedding}-{index}"] = {"mean": further["mean"], "domains": further["domains"]}
+                measured = json.loads(file.read_text())
+                result["further"][f"{embedding}-{index}"] = {"mean": measured["mean"], "domains": measured["domains"]}
         result |= {"version": version(), "machine": f"{platform.machine()}, {os.cpu_count()} processors, one thread a run",
                    "date": time.strftime("%Y-%m-%d")}
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -108,6 +108,7 @@ def test_a_grid_that_stops_and_goes_on(uned, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "ROWS", {
         "specialists-256": (1, f"--method usc {quick}", None), "distill-8": (1, f"--method distill {quick}", "specialists-256"),
         "udon": (2, quick, None)})
+    monkeypatch.setattr(ablation, "MAIN", 2)
     monkeypatch.setattr(ablation.Grid, "share", lambda self, domain: ["--steps", 3])
     arguments = ["ablation.py", "--data", str(uned), "--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", arguments)
