@@ -20,7 +20,8 @@ def cosine_topk(queries, index, k, *, exclude=None, backend="auto"):
     Returns scores (Q, k) float32 in [-1, 1], descending, and rows (Q, k) int64 on the queries' device. Rows of equal score come
     in ascending order. Scores are computed in float64 and rounded to multiples of 2^-24, so that rounding noise does not order
     equal vectors (unless their cosine is within 1e-9 of the middle between two multiples). The result is the same, bit for
-    bit, whatever the blocks, the threads and the batches of queries. Memory beside inputs and result: about 60 MB, and 20 MB a thread.
+    bit, whatever the blocks, the threads and the batches of queries. Memory beside inputs and result: about 60 MB, and 20 MB
+    a thread.
     backend: "torch", "triton" (a GPU, or Triton's interpreter; k to 64, D to 1024), or "auto": triton where the queries are on a
     GPU and k and D allow it, else torch. The result is the same.
     Raises ValueError for shapes, types or values that do not fit, and for k above the number of rows left to a query.
