@@ -18,6 +18,7 @@ because getting it wrong is silent.
 DeiT, DINO and MAE files have timm's keys too, but were trained on ImageNet's mean and std: not supported, since no key tells.
 """
 
+import os
 import pickle
 import re
 import sys
@@ -254,18 +255,21 @@ def _some(keys):
 
 
 def main(arguments):
-    if len(arguments) != 2:
-        sys.exit("usage: python pretrained.py RUN/best.pt FILE.pt")
-    source, target = arguments
     try:
+        if len(arguments) != 2:
+            raise WeightsError(f"{len(arguments)} arguments were given: give two, RUN/best.pt and the file to write")
+        source, target = arguments
         weights, file = _read(source)
-        kept = {"model": {key: value.half() for key, value in weights.items() if key.startswith("backbone.")},
-                "architecture": {"backbone": file["architecture"]["backbone"]}, "preprocessing": file["preprocessing"]}
-        torch.save(kept, target)
-    except (KeyError, TypeError):
-        sys.exit(f"pretrained.py: {source} is no checkpoint of udon.py: give a best.pt or last.pt")
+        try:
+            kept = {"model": {key: value.half() for key, value in weights.items() if key.startswith("backbone.")},
+                    "architecture": {"backbone": file["architecture"]["backbone"]}, "preprocessing": file["preprocessing"]}
+        except (KeyError, TypeError):
+            raise WeightsError(f"{source} is no checkpoint of udon.py: give a best.pt or last.pt") from None
+        torch.save(kept, f"{target}.partial")
+        os.replace(f"{target}.partial", target)
     except (WeightsError, OSError, RuntimeError) as error:
-        sys.exit(f"pretrained.py: {error}")
+        print(f"pretrained.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

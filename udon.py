@@ -119,7 +119,7 @@ class Config:
         """Raises data.InputError for a value outside its range."""
         for name, least in dict(image_size=1, student_dim=1, teacher_dim=1, head_layers=1, period=1, batch_size=1, steps=1,
                                 head_lr=0, backbone_lr=0, frozen_epochs=0, warmup_steps=0, weight_decay=0, relational_scale=0,
-                                seed=0, val_every=1, save_every=1, workers=0).items():
+                                domain_margin=0, seed=0, val_every=1, save_every=1, workers=0).items():
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= least):
                 raise data.InputError(f"{flag(name)} is {value}: it must be a finite number, {least} or more")

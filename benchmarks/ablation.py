@@ -318,7 +318,9 @@ def main():
                         help="write the tables into this file, between its marks, and train nothing")
     options = parser.parse_args()
     if options.tables:
-        text = options.tables.read_text()
+        text = options.tables.read_text() if options.tables.is_file() else ""
+        if "<!-- ablation -->\n" not in text or "<!-- end of ablation -->" not in text:
+            parser.error(f"--tables {options.tables} must be a file with the lines <!-- ablation --> and <!-- end of ablation -->")
         before, rest = text.split("<!-- ablation -->\n", 1)
         after = rest[rest.index("<!-- end of ablation -->"):]
         options.tables.write_text(f"{before}<!-- ablation -->\n{tables(read(options.results))}{after}")

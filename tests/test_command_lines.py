@@ -172,6 +172,8 @@ TRAIN_MISTAKES = {
     "no student to follow": (["train", "--method", "teachers", "--signal", "student"], "--signal is student"),
     "no layers": (["train", "--head-layers", "0"], "--head-layers is 0"),
     "crops of nothing": (["train", "--min-area", "0"], "--min-area is 0"),
+    "a domain margin that is no number": (["train", "--domain-margin", "nan"], "--domain-margin is nan"),
+    "a domain margin without others": (["train", "--domain-margin", "0.3", "--negatives", "domain"], "--domain-margin is 0.3"),
     "margin without need": (["train", "--margin", "0.2"], "--margin is 0.2"),
     "margin missing": (["train", "--classification", "arcface"], "--margin is 0.0"),
     "period below the domains": (["train", "--period", "7"], "period 7"),
