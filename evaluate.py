@@ -14,7 +14,10 @@ itself is excluded by its row in the index, never by its rank.
 
 import argparse
 import json
+import math
 import os
+from collections import defaultdict
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
@@ -27,13 +30,14 @@ from kernels import cosine_topk
 from model import UDON, ViT
 
 EMBED_BATCH = 128                  # fixed: the last digits of an embedding depend on the shape of its batch
+CLASS_NUMBERS = 2**23              # up to here the numbers of classes may have gaps: their counts take 64 MB
 DEFINITIONS = ("R@1: the nearest neighbour shares a class with the query, in the same domain.  mMP@5: with n such images in the "
                "index,\nthe share of them among the first min(n, 5) neighbours.  Means over queries, then over domains; in %.")
 
 
 class Embeddings(NamedTuple):
     vectors: torch.Tensor                        # (N, D), any norm
-    labels: Sequence                             # N ints, or sequences of ints where an image has several classes
+    labels: Sequence                             # N 64-bit ints, or sequences or sets of them where an image has several classes
     domains: Sequence[str]                       # N
 
 
@@ -71,55 +75,93 @@ def retrieval_metrics(queries, index, *, exclude=None, k=5):
         raise ValueError(f"exclude holds {int(exclude[outside][0])}: it must hold rows of the index, of which there are "
                          f"{len(vectors[1])}, or -1")
 
+    query_ids, index_ids, own = _class_ids(queries, index)                                       # own: (Q,) domains
+    n = _count_sharing(query_ids, index_ids) - _share(query_ids, index_ids, exclude.numpy()[:, None])[:, 0]
+    n = np.minimum(n, k)                                                                         # (Q,)
     neighbours = torch.full((len(vectors[0]), k), -1, dtype=torch.int64)
     for group, left in ((exclude < 0, len(vectors[1])), (exclude >= 0, len(vectors[1]) - 1)):     # what is left to a query
         if group.any() and left > 0:
             found = cosine_topk(vectors[0][group.to(vectors[0].device)], vectors[1], min(k, left), exclude=exclude[group])[1]
             neighbours[group, :found.shape[1]] = found.cpu()
 
-    numbers = {}
-    query_ids, index_ids = _label_ids(queries, numbers), _label_ids(index, numbers)
     relevant = _share(query_ids, index_ids, neighbours.numpy())                                  # (Q, k) bool
-    excluded = _share(query_ids, index_ids, exclude.numpy()[:, None])[:, 0]                      # (Q,)
-    n = np.minimum(_count_sharing(query_ids, index_ids) - excluded, k)                           # (Q,)
     hits = (relevant & (np.arange(k) < n[:, None])).sum(1)
     recall, mmp = relevant[:, 0].astype(float), hits / np.maximum(n, 1)
-    rows_of = {}
-    for row, domain in enumerate(queries.domains):
-        rows_of.setdefault(domain, []).append(row)
-    mean = [float(np.mean([values[rows].mean() for rows in rows_of.values()])) for values in (recall, mmp)]
+    mean = [float(np.mean([values[own == domain].mean() for domain in range(own.max() + 1)])) for values in (recall, mmp)]
     return Metrics(*mean, torch.from_numpy(recall), torch.from_numpy(mmp), neighbours)
 
 
-def _label_ids(embeddings, numbers):
-    """(N, L) int64: a number for each (domain, label) of each image, padded with -1. `numbers` gives them out."""
-    several = [sorted({int(l) for l in label}) if np.ndim(label) or isinstance(label, (set, frozenset)) else (int(label),)
-               for label in embeddings.labels]
-    ids = np.full((len(several), max(map(len, several), default=1)), -1, dtype=np.int64)
-    for row, (labels, domain) in enumerate(zip(several, embeddings.domains)):
-        ids[row, :len(labels)] = [numbers.setdefault((domain, label), len(numbers)) for label in labels]
+def _class_ids(queries, index):
+    """A class is a (domain, label). Numbers of the classes of queries (Q, L) and index rows (G + 1, M), int64, each once in its
+    row, padded with -1, and of the queries' domains (Q,), from 0 on. Row -1 of the index, the last, has no class."""
+    numbers, sides = defaultdict(count().__next__), (queries, index)
+    domains = [_domain_ids(side.domains, numbers) for side in sides]
+    several = [_label_matrix(side.labels) for side in sides]
+    labels = np.concatenate([matrix.ravel() for matrix, _ in several])
+    owners = np.concatenate([np.repeat(own, matrix.shape[1]) for own, (matrix, _) in zip(domains, several)])
+    low, high = int(labels.min(initial=0)), int(labels.max(initial=0))
+    if (high - low + 1) * len(numbers) <= CLASS_NUMBERS:
+        ids = (labels - low) * len(numbers) + owners
+    else:
+        ids = _consecutive(_consecutive(labels) * len(numbers) + owners)                         # so that nothing overflows
+    ids = np.split(ids, [several[0][0].size])
+    for side, (matrix, known) in enumerate(several):
+        ids[side] = np.sort(np.where(known, ids[side].reshape(matrix.shape), -1), axis=1)
+        ids[side][:, 1:][ids[side][:, 1:] == ids[side][:, :-1]] = -1
+    return ids[0], np.pad(ids[1], ((0, 1), (0, 0)), constant_values=-1), domains[0]
+
+
+def _domain_ids(domains, numbers):
+    """(N,) int64: a number for each image's domain. `numbers` gives them out."""
+    if not isinstance(domains, np.ndarray):
+        return np.fromiter(map(numbers.__getitem__, domains), np.int64, len(domains))
+    ids = np.full(len(domains), -1)
+    while (ids < 0).any():
+        name = domains[(ids < 0).argmax()]
+        ids[domains == name] = numbers[name]
     return ids
 
 
+def _label_matrix(labels):
+    """(N, L) int64, and which of it are labels and not padding: (N, L) bool, or True for all."""
+    try:
+        matrix = np.asarray(labels, dtype=np.int64)
+        return matrix.reshape(len(matrix), math.prod(matrix.shape[1:])), True
+    except (TypeError, ValueError):                                                              # differently many, or sets
+        pass
+    several = [(label,) if isinstance(label, (int, np.integer)) or not (np.ndim(label) or isinstance(label, (set, frozenset)))
+               else label for label in labels]
+    lengths = np.fromiter(map(len, several), np.int64, len(several))
+    known = np.arange(lengths.max()) < lengths[:, None]
+    matrix = np.zeros(known.shape, dtype=np.int64)
+    matrix[known] = np.fromiter(map(int, chain.from_iterable(several)), np.int64, lengths.sum())
+    return matrix, known
+
+
+def _consecutive(values):
+    return torch.unique(torch.from_numpy(values), return_inverse=True)[1].numpy()                # numpy's own takes twice as long
+
+
 def _share(query_ids, index_ids, rows):
-    """(Q, m) bool: does query q share a label with index row rows[q, m]? Never with row -1."""
-    if not len(index_ids):
-        return np.zeros(rows.shape, dtype=bool)
-    theirs = index_ids[rows][:, :, None, :]                                                      # (Q, m, 1, L)
-    mine = query_ids[:, None, :, None]                                                           # (Q, 1, L, 1)
-    return ((mine == theirs) & (mine >= 0)).any((2, 3)) & (rows >= 0)
+    """(Q, m) bool: does query q share a class with row rows[q, m] of the index?"""
+    share = np.zeros(rows.shape, dtype=bool)
+    for mine in query_ids.T[:, :, None]:                                                         # (Q, 1)
+        for theirs in index_ids.T:                                                               # (G + 1,)
+            share |= (theirs[rows] == mine) & (mine >= 0)
+    return share
 
 
 def _count_sharing(query_ids, index_ids):
-    """(Q,) int64: how many index rows share a label with each query."""
-    rows, columns = np.nonzero(index_ids >= 0)
-    flat = index_ids[rows, columns]
-    order = np.argsort(flat, kind="stable")
-    rows, flat = rows[order], flat[order]
-    first, last = np.searchsorted(flat, query_ids, "left"), np.searchsorted(flat, query_ids, "right")
-    counts = np.where(query_ids >= 0, last - first, 0).sum(1)
-    for q in np.flatnonzero((query_ids >= 0).sum(1) > 1):                    # an index row may share several of its labels
-        counts[q] = len(np.unique(np.concatenate([rows[a:b] for a, b in zip(first[q], last[q])])))
+    """(Q,) int64: how many index rows share a class with each query."""
+    sizes = np.bincount(index_ids[index_ids >= 0], minlength=query_ids.max(initial=-1) + 1)
+    sizes = np.append(sizes, 0)                                                                  # number -1, no class, is the last
+    counts = sizes[query_ids].sum(1)
+    if index_ids.shape[1] > 1:                                              # an index row may share several classes with a query
+        rows, columns = np.nonzero(index_ids >= 0)
+        rows = rows[np.argsort(index_ids[rows, columns])]
+        ends = sizes.cumsum()
+        for q in np.flatnonzero((query_ids >= 0).sum(1) > 1):
+            counts[q] = len(np.unique(np.concatenate([rows[ends[c] - sizes[c]:ends[c]] for c in query_ids[q]])))
     return counts
 
 
@@ -182,29 +224,30 @@ def evaluate(model, sets, preprocessing, *, index="merged", embedding="student")
         embedded = {}
         for images in {query_images, index_images}:
             vectors = embed(network, images, preprocessing["mean"], preprocessing["std"], device)
-            embedded[images] = Embeddings(vectors, list(images.split.labels), [domain] * len(images))
+            embedded[images] = Embeddings(vectors, images.split.labels, [domain] * len(images))
         queries[domain], indexes[domain] = embedded[query_images], embedded[index_images]
         rows[domain] = np.arange(len(query_images)) if query_images is index_images else np.full(len(query_images), -1)
     if index == "merged":
         offsets = dict(zip(sets, np.cumsum([0] + [len(part.vectors) for part in indexes.values()])))
         exclude = np.concatenate([np.where(rows[d] >= 0, rows[d] + offsets[d], -1) for d in sets])
-        merged = retrieval_metrics(_joined(queries.values()), _joined(indexes.values()), exclude=exclude)
         cuts = np.cumsum([len(part.vectors) for part in queries.values()])[:-1].tolist()
+        queries, indexes = _joined(queries.values()), _joined(indexes.values())                  # and the parts' memory is freed
+        merged = retrieval_metrics(queries, indexes, exclude=exclude)
         recalls, mmps = (per_query.tensor_split(cuts) for per_query in merged[2:4])
     else:
         alone = [retrieval_metrics(queries[d], indexes[d], exclude=rows[d]) for d in sets]
         recalls, mmps = [m.per_query_recall for m in alone], [m.per_query_mmp for m in alone]
     domains = {d: {"recall_at_1": recall.mean().item(), "mmp_at_5": mmp.mean().item(),
-                   "queries": len(queries[d].vectors), "index": len(indexes[d].vectors)}
+                   "queries": len(sets[d].queries), "index": len(sets[d].index)}
                for d, recall, mmp in zip(sets, recalls, mmps)}
     mean = {name: sum(row[name] for row in domains.values()) / len(domains) for name in ("recall_at_1", "mmp_at_5")}
     return {"mean": mean, "domains": domains}
 
 
 def _joined(parts):
-    parts = list(parts)
-    return Embeddings(torch.cat([p.vectors for p in parts]), [label for p in parts for label in p.labels],
-                      [domain for p in parts for domain in p.domains])
+    vectors, labels, domains = zip(*parts)
+    single = all(isinstance(part, np.ndarray) for part in labels)
+    return Embeddings(torch.cat(vectors), np.concatenate(labels) if single else list(chain(*labels)), list(chain(*domains)))
 
 
 def table(results, beside=None):
