@@ -46,7 +46,8 @@ def _validated(queries, index, k, exclude):
     for name, matrix in (("queries", queries), ("index", index)):
         if matrix.ndim != 2 or not matrix.is_floating_point():
             raise ValueError(f"{name} are {tuple(matrix.shape)} {matrix.dtype}: they must be two-dimensional and floating point")
-        if not matrix.sum(dtype=torch.float64).isfinite():                     # float64's own largest values may overflow it
+        total = sum(part.sum(dtype=torch.float64) for part in matrix.split(2**16))         # sum copies what it sums into float64
+        if not total.isfinite():                                               # float64's own largest values may overflow it
             finite = matrix.isfinite().all(dim=1)
             if not finite.all():
                 raise ValueError(f"{name} row {int((~finite).nonzero()[0])} holds a value that is not finite: all must be")
