@@ -342,7 +342,7 @@ def report(options):
     images = sum(len(part) for parts in sets.values() for part in set(parts))
     width = model.backbone.architecture["width"]
     print(f"{images:,} images; their embeddings take at most {4 * width * images / 1e6:,.0f} MB, the search about "
-          f"{60 + 20 * torch.get_num_threads()} MB more")
+          f"{80 + 10 * torch.get_num_threads()} MB more")
     results = evaluate(model, sets, preprocessing, index=index, embedding=embedding)
     print(table(results))
     if options.json:

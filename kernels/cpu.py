@@ -10,13 +10,14 @@
 4. Float32 is off by less than `noise`: if the reference's k-th score is above the best discarded float32 score by more, no
    discarded row can belong to the result. Queries of which that cannot be said go to the reference; if they are many, copies
    in the index are the cause: the search is over distinct rows, and copies are put back into the result.
-Copy with: reference.py and torch.
+Copy with: reference.py, torch, numpy.
 """
 
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -25,14 +26,40 @@ from kernels.reference import NOTHING, ONE
 
 EMPTY = torch.empty(0)
 GROUP = 16                     # rows; also groups in a supergroup
-QUERY_BLOCK = 512              # queries a tile
-TILE = 2**19                   # values, 2 MB: stays in the cache
-CHUNK = 2**23                  # values, 32 MB of normalised index
-STATE = 2**21                  # best groups of all queries that are on their way through the index together: 24 MB
+QUERY_BLOCK = 736              # queries of a tile: rows a power of two apart would crowd into the same places of the cache
+TILE = 512 * QUERY_BLOCK       # values, 1.5 MB
+TILES = 8                      # whose group maxima stay there too until they are reduced to those of supergroups
+CHUNK = 2**18                  # rows of the index at a time
+MAXIMA = 3 * 2**17             # rows, of all threads' chunks together: 72 MB of group maxima
+NORMALISED = 2**23             # values, 32 MB: where the index must be normalised first, no more of it at a time
+STATE = 2**20                  # best groups of all queries that are on their way through the index together: 12 MB
 GATHERED = 2**18               # values, 1 MB: rows of the best groups, scored again; of one query up to 8 times more
-SMALL = 2**17                  # pairs: below, the reference takes no longer
+FEW = 2**16                    # values of all pairs: below, numpy's calls, cheaper than torch's, win
+SMALL = 2**13                  # pairs: below, the reference takes no longer
 DIRECT = 8192                  # rows: so few are not grouped, all are scored and the best taken
-SPARE = 4                      # groups kept more than k
+SPARE = 2                      # groups kept more than k
+
+
+def few(queries, index, k, exclude=None):
+    """reference.result of a few float32 rows, all finite and none zero, by numpy in float64; None where they are not that, or where
+    float64's rounding noise leaves a doubt."""
+    if not (queries.dtype == index.dtype == torch.float32 and 0 < len(queries) * index.numel() <= FEW):
+        return None
+    a, b = queries.numpy().astype(np.float64), index.numpy().astype(np.float64)
+    norms = np.sqrt(np.einsum("ij,ij->i", a, a)[:, None] * np.einsum("ij,ij->i", b, b))            # (Q, G)
+    if not (norms.min() > 0 and norms.max() < np.inf):
+        return None
+    exact = (a @ b.T) * ONE / norms
+    scores = np.rint(exact)
+    if np.abs(exact - scores).max() > 0.5 - ONE * (2 * a.shape[1] + 16) * 2.0**-52:
+        return None
+    keys = (scores.astype(np.int64) << 32) + (2**32 - 1 - np.arange(len(b)))
+    if exclude is not None:
+        barred = np.flatnonzero(exclude.numpy() >= 0)
+        keys[barred, exclude.numpy()[barred]] = NOTHING
+    keys.partition(len(b) - k, axis=1)
+    keys = np.sort(keys[:, len(b) - k:])[:, ::-1]
+    return torch.from_numpy(((keys >> 32) / ONE).astype(np.float32)), torch.from_numpy(2**32 - 1 - (keys & (2**32 - 1)))
 
 
 @torch.no_grad()
@@ -101,7 +128,6 @@ def _through(queries, index, among, k, exclude, threads, spread):
     keep, width, rows = k + SPARE, queries.shape[1], len(index) if among is None else len(among)
     noise = 2 * width + 40  # of scores that are 2^24 times
     whole = rows - rows % GROUP**2 if rows > max(DIRECT, GROUP * (keep + GROUP)) else 0                # the others are the tail
-    step = max(GROUP**2, CHUNK // width // 1024 * 1024)
     size = min(QUERY_BLOCK, -(-len(queries) // threads))
     blocks = [slice(top, top + size) for top in range(0, len(queries), size)]
     groups = torch.zeros(len(queries), keep if whole else 0, dtype=torch.int64)
@@ -118,6 +144,9 @@ def _through(queries, index, among, k, exclude, threads, spread):
         return (rows if is_unit else _normalised(rows, out=rows if out is None else out)).view(*places.shape, width)
 
     is_unit = among is None and _is_unit(index, spread)
+    step = min(CHUNK, MAXIMA // threads, CHUNK if is_unit else NORMALISED // width)
+    chunks = -(-whole // max(step, GROUP**2)) or 1
+    step = -(-whole // chunks // GROUP**2) * GROUP**2 or 1
     chunk = None if is_unit else torch.empty(min(step, whole), width)
     for left in range(0, whole, step):
         part = (index[left:whole] if is_unit else chunk[:whole - left])[:step]
@@ -210,16 +239,18 @@ def _through_distinct(queries, index, copies, k, exclude, threads, spread):
 
 def _best_groups(queries, index, keep, memory):
     """Unit rows (q, D), (n GROUP², D) -> the `keep` best groups' maxima (q, keep), descending, and numbers; -inf where no more."""
-    rows, count = len(index), len(queries)
-    columns, slab = queries.T.contiguous(), min(rows, max(GROUP**2, TILE // count // GROUP**2 * GROUP**2))
-    tile, maxima = memory("tile", slab, count), memory("maxima", rows // GROUP, count)
-    supers = memory("supers", rows // GROUP**2, count)
-    for left in range(0, rows, slab):
-        part = tile[:min(slab, rows - left)]
-        groups = maxima[left // GROUP:(left + len(part)) // GROUP]
-        torch.mm(index[left:left + slab], columns, out=part)
-        torch.amax(part.view(-1, GROUP, count), dim=1, out=groups)
-        torch.amax(groups.view(-1, GROUP, count), dim=1, out=supers[left // GROUP**2:(left + len(part)) // GROUP**2])
+    count = len(queries)
+    columns, slab = queries.T.contiguous(), max(GROUP**2, TILE // count // GROUP**2 * GROUP**2)
+    tile = memory("tile", min(slab, len(index)) // GROUP, GROUP, count)
+    flat = tile.flatten(0, 1)
+    maxima, supers = memory("maxima", len(index) // GROUP, count), memory("supers", len(index) // GROUP**2, count)
+    several = TILES * slab
+    for part, best, best_of_best in zip(index.split(several), maxima.split(several // GROUP), supers.split(several // GROUP**2)):
+        for rows, groups in zip(part.split(slab), best.split(slab // GROUP)):
+            last = len(rows) < len(flat)
+            torch.mm(rows, columns, out=flat[:len(rows)] if last else flat)
+            torch.amax(tile[:len(groups)] if last else tile, dim=1, out=groups)
+        torch.amax(best.view(-1, GROUP, count), dim=1, out=best_of_best)
     best = supers.T.contiguous().topk(min(keep, len(supers)), dim=1, sorted=False).indices
     members = (best[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)                              # (q, keep * GROUP)
     values, order = maxima.T.gather(1, members).topk(min(keep, members.shape[1]), dim=1)

@@ -65,13 +65,27 @@ def merged(parts, firsts, k):
                   .topk(k, dim=1).values)
 
 
+def _rounded(exact, width, scored):
+    """2^24 times cosines, off by the rounding noise of float64, overwritten -> scores: where the noise leaves a doubt because a
+    value lies too near the middle of two whole numbers, what `scored` says of the pairs at these places."""
+    part = exact.round()
+    doubtful = (exact.sub_(part).abs_() > 0.5 - ONE * (2 * width + 16) * 2.0**-52).nonzero()
+    for places in doubtful.split(max(1, PAIR_BLOCK // max(1, width))) if len(doubtful) else ():
+        part[places[:, 0], places[:, 1]] = scored(*places.T)
+    return part
+
+
 def best(queries, index, rows, k, exclude=None):
     """The k best keys, descending, of each query's rows (Q, m), m >= k and none twice; a row -1 is none."""
-    keys = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
-    step = max(1, PAIR_BLOCK // max(1, rows.shape[1] * queries.shape[1]))
+    keys, width = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device), queries.shape[1]
+    step = max(1, PAIR_BLOCK // max(1, rows.shape[1] * width))
     for top in range(0, len(queries), step):
-        mine = rows[top:top + step]
-        found = as_keys(scores(queries[top:top + step, None], index[mine.clamp(min=0)].to(queries.device)), mine)
+        block, mine = queries[top:top + step], rows[top:top + step]
+        near = index.index_select(0, mine.clamp(min=0).flatten().to(index.device)).view(*mine.shape, width).to(queries.device)
+        asked, wide = double(block), double(near)
+        norms = torch.linalg.vector_norm(asked, dim=1, keepdim=True) * torch.linalg.vector_norm(wide, dim=2)     # (q, m)
+        exact = (asked[:, None] @ wide.mT)[:, 0].mul_(ONE).div_(norms.masked_fill_(norms == 0, 1.0))
+        found = as_keys(_rounded(exact, width, lambda q, m: scores(block[q, None], near[q, m, None])[:, 0]), mine)
         barred = mine < 0 if exclude is None else (mine < 0) | (mine == exclude[top:top + step, None])
         keys[top:top + step] = found.masked_fill_(barred, NOTHING).topk(k, dim=1).values
     return keys
@@ -81,7 +95,6 @@ def topk(queries, index, k, exclude=None):
     """The k best keys, descending, by a float64 product: where it lies too near the middle of two whole numbers for its own
     rounding noise to leave no doubt, the pair is scored anew."""
     device, width = queries.device, queries.shape[1]
-    doubt = ONE * (2 * width + 16) * 2.0**-52
     keys = torch.full((len(queries), k), NOTHING, dtype=torch.int64, device=device)
     for top in range(0, len(queries), QUERY_BLOCK):
         block = queries[top:top + QUERY_BLOCK]
@@ -90,11 +103,7 @@ def topk(queries, index, k, exclude=None):
         for left in range(0, len(index), INDEX_BLOCK):
             slab = index[left:left + INDEX_BLOCK].to(device)
             exact = unit @ F.normalize(double(slab), dim=1, eps=1e-300).T                          # (q, g)
-            part = exact.round()
-            doubtful = (exact.sub_(part).abs_() > 0.5 - doubt).nonzero()
-            for pairs in doubtful.split(max(1, PAIR_BLOCK // max(1, width))) if len(doubtful) else ():
-                q, g = pairs.T
-                part[q, g] = scores(block[q, None], slab[g, None])[:, 0]
+            part = _rounded(exact, width, lambda q, g: scores(block[q, None], slab[g, None])[:, 0])
             if exclude is not None:
                 column = exclude[top:top + QUERY_BLOCK] - left
                 here = ((column >= 0) & (column < part.shape[1])).nonzero()[:, 0]

@@ -386,8 +386,10 @@ def test_the_cpu_path_is_the_reference_bit_for_bit(data):
     exclude = torch.randint(-1, g, (q,)) if g > 1 and draw(st.booleans()) else None
     k = draw(st.integers(1, min(70, g - (exclude is not None))))
     sizes = {"QUERY_BLOCK": draw(st.sampled_from((1, 7, 512))), "TILE": draw(st.sampled_from((1, 2**14, 2**19))),
-             "CHUNK": draw(st.sampled_from((1, 2**16, 2**23))), "STATE": draw(st.sampled_from((100, 2**21))),
-             "GATHERED": draw(st.sampled_from((2**15, 2**18))), "SMALL": 0, "DIRECT": draw(st.sampled_from((0, 8192)))}
+             "TILES": draw(st.sampled_from((1, 8))), "CHUNK": draw(st.sampled_from((1, 700, 2**18))),
+             "MAXIMA": draw(st.sampled_from((1500, 2**19))), "NORMALISED": draw(st.sampled_from((2**12, 2**23))),
+             "STATE": draw(st.sampled_from((100, 2**21))), "GATHERED": draw(st.sampled_from((2**15, 2**18))), "SMALL": 0,
+             "SPARE": draw(st.sampled_from((2, 9))), "DIRECT": draw(st.sampled_from((0, 8192)))}
     threads = draw(st.sampled_from((1, 2)))
     try:
         torch.set_num_threads(threads)
@@ -488,7 +490,7 @@ def test_memory_of_the_cpu_path(q, g, d, k):
 
 
 def test_memory_of_the_process():
-    """Beside an index of 102 MB, no more than is promised: 60 MB, and 20 MB a thread. A copy in float64 would be 205 MB."""
+    """Beside an index of 102 MB, no more than is promised: 80 MB, and 10 MB a thread. A copy in float64 would be 205 MB."""
     code = """if True:
         import resource, sys, torch, kernels
         torch.set_num_threads(1)
@@ -500,7 +502,7 @@ def test_memory_of_the_process():
         kernels.cosine_topk(index[:600], index, 5)
         print(memory() - before)"""
     grown = float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout)
-    assert grown <= 80, grown
+    assert grown <= 90, grown
 
 
 # Errors --------------------------------------------------------------------------------------------------------------------

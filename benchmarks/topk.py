@@ -1,0 +1,267 @@
+"""kernels.cosine_topk on a CPU beside every peer that is installed, in turn, and beside the bare matrix product.
+
+    python benchmarks/topk.py                          # all cases on 1 thread; writes results/topk.csv, a case at a time
+    python benchmarks/topk.py --threads 2 --cases 4096x200000x64
+    python benchmarks/topk.py --table README.md        # writes the table of results/topk.csv between the marks in the README
+
+Each contender is a process of its own that holds the same unit vectors and computes when it is told to; they are told one after
+another, round by round, so that a change of the machine's speed meets all. Time is processor time of the whole process, which
+others on the machine disturb least. Memory is what its peak grew by from the first call to the last. A peer's own building of an
+index is not counted, nor is normalisation: it is handed unit vectors. `product` selects nothing: it is the floor.
+"""
+
+import argparse
+import csv
+import gc
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+CASES = ("4096x200000x64", "4096x200000x64 clustered", "4096x200000x64 sorted", "4096x200000x64 copies", "4096x200000x64 equal",
+         "4096x200000x256", "1024x1400000x64", "1x300x64", "1x200000x64", "300x300x64")
+CONTENDERS = ("product", "ours", "faiss", "torch", "torch, tiles", "numpy", "scikit-learn", "usearch")
+MODULES = {"faiss": "faiss", "scikit-learn": "sklearn", "usearch": "usearch"}
+PACKAGES = {"faiss": "faiss-cpu", "sklearn": "scikit-learn", "usearch": "usearch", "numpy": "numpy", "torch": "torch"}
+SLOW = {"usearch": 2**25, "scikit-learn": 2**29, "numpy": 2**30}               # pairs, above which a contender is left out
+AT_LEAST = 0.1                                                                 # seconds of a measurement: short calls are repeated
+BLOCK, SLAB = 512, 1024                                                        # queries, index rows of a tile
+
+
+def unit_vectors(queries, index, width, kind):
+    """(Q, D), (G, D) float32 unit rows, the queries near rows of the index unless they are random."""
+    import torch
+    generator = torch.Generator().manual_seed(0)
+    rows, asked = (torch.empty(n, width).normal_(generator=generator) for n in (index, queries))
+    if kind in ("clustered", "copies"):                                        # a thousand clusters; ten copies of each row
+        centres = torch.randn(1000 if kind == "clustered" else -(-index // 10), width, generator=generator)
+        chosen = torch.randint(0, len(centres), (index,), generator=generator)
+        for top in range(0, index, 4096):
+            rows[top:top + 4096] = rows[top:top + 4096] * (0.3 if kind == "clustered" else 0) + centres[chosen[top:top + 4096]]
+        asked = 0.3 * asked + centres[torch.randint(0, len(centres), (queries,), generator=generator)]
+    if kind == "equal":
+        rows[:] = rows[0]
+    for part in (*rows.split(4096), *asked.split(4096)):
+        part /= part.norm(dim=1, keepdim=True)
+    if kind == "sorted":                                                       # ever nearer to all queries
+        asked = torch.nn.functional.normalize(0.1 * asked + rows[0], dim=1)
+        order = (rows @ rows[0]).argsort()
+        rows = rows[order]
+    return asked, rows
+
+
+def contender(name, queries, index, k):
+    """-> a function without arguments that searches, and returns the rows (Q, k) or None."""
+    import torch
+    if name == "product":
+        tile = torch.empty(SLAB, min(BLOCK, len(queries)))
+
+        def product():
+            for block in queries.split(BLOCK):
+                columns = block.T.contiguous()
+                for slab in index.split(SLAB):
+                    torch.mm(slab, columns, out=tile[:len(slab), :len(block)] if len(block) < BLOCK else tile[:len(slab)])
+        return product
+    if name == "ours":
+        from kernels import cosine_topk
+        return lambda: cosine_topk(queries, index, k)[1]
+    if name == "torch":
+
+        def formula():
+            unit = torch.nn.functional.normalize(index)
+            return torch.cat([(torch.nn.functional.normalize(block) @ unit.T).topk(k).indices for block in queries.split(BLOCK)])
+        return formula
+    if name == "torch, tiles":
+
+        def tiles():
+            found = []
+            for block in queries.split(BLOCK):
+                values = torch.empty(len(block), 0)
+                rows = torch.empty(len(block), 0, dtype=torch.int64)
+                for left in range(0, len(index), 16 * SLAB):
+                    best = (block @ index[left:left + 16 * SLAB].T).topk(min(k, len(index) - left))
+                    values, order = torch.cat([values, best.values], 1).topk(min(k, values.shape[1] + best.values.shape[1]))
+                    rows = torch.cat([rows, best.indices + left], 1).gather(1, order)
+                found.append(rows)
+            return torch.cat(found)
+        return tiles
+    a, b = queries.numpy(), index.numpy()
+    if name == "numpy":
+
+        def partition():
+            found = []
+            for top in range(0, len(a), BLOCK):
+                scores = a[top:top + BLOCK] @ b.T
+                rows = np.argpartition(scores, -k, axis=1)[:, -k:]
+                order = np.argsort(-np.take_along_axis(scores, rows, 1), axis=1)
+                found.append(np.take_along_axis(rows, order, 1))
+            return np.concatenate(found)
+        return partition
+    if name == "faiss":
+        import faiss
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        flat = faiss.IndexFlatIP(b.shape[1])
+        flat.add(b)
+        return lambda: flat.search(a, k)[1]
+    if name == "scikit-learn":
+        from sklearn.neighbors import NearestNeighbors
+        neighbours = NearestNeighbors(n_neighbors=k, algorithm="brute", metric="cosine").fit(b)
+        return lambda: neighbours.kneighbors(a, return_distance=False)
+    import usearch.index
+    return lambda: usearch.index.search(b, a, k, usearch.index.MetricKind.IP, exact=True, threads=torch.get_num_threads()).keys
+
+
+def serve(name, case, k, threads, pipe):
+    """A contender's process: answers each message by (processor seconds, wall seconds) of a call, and the last by rows, memory."""
+    import torch
+    torch.set_num_threads(threads)
+    shape, _, kind = case.partition(" ")
+    queries, index = unit_vectors(*map(int, shape.split("x")), kind)
+    search = contender(name, queries, index, k)
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with torch.inference_mode():
+        search()
+        started = time.perf_counter()
+        rows = search()
+        calls = max(1, round(AT_LEAST / (time.perf_counter() - started)))
+        pipe.send(None)
+        while pipe.recv() == "go":
+            started = time.process_time(), time.perf_counter()
+            for _ in range(calls):
+                rows = search()
+            pipe.send(((time.process_time() - started[0]) / calls, (time.perf_counter() - started[1]) / calls))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    pipe.send((None if rows is None else np.asarray(rows), peak * (1 if sys.platform == "darwin" else 1024)))
+
+
+def measure(case, options, contenders):
+    """-> rows of the CSV file, a contender each."""
+    pairs = int(case.split("x")[0]) * int(case.split("x")[1])
+    contenders = [name for name in contenders if pairs <= SLOW.get(name, pairs)]
+    context, workers = multiprocessing.get_context("spawn"), {}
+    try:
+        for name in contenders:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(name, case, options.k, options.threads, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            ours.recv()                                                        # ready: one after another, or they would crowd
+            workers[name] = process, ours, []
+        for turn in range(options.rounds):
+            for name in contenders[turn % len(contenders):] + contenders[:turn % len(contenders)]:
+                _, pipe, taken = workers[name]
+                pipe.send("go")
+                taken.append(pipe.recv())
+        ends = {}
+        for name, (_, pipe, _) in workers.items():
+            pipe.send("end")
+            ends[name] = pipe.recv()
+    finally:
+        for process, *_ in workers.values():
+            process.terminate()
+    exact, lines = ends["ours"][0], []
+    for name, (_, _, taken) in workers.items():
+        rows, peak = ends[name]
+        equal = "" if rows is None else f"{100 * (rows == exact).mean():.2f}"
+        ratio = statistics.median(cpu / floor for (cpu, _), (floor, _) in zip(taken, workers["product"][2]))
+        lines.append({"case": case, "k": options.k, "threads": options.threads, "contender": name,
+                      "cpu_ms": f"{1e3 * statistics.median(cpu for cpu, _ in taken):.4g}",
+                      "wall_ms": f"{1e3 * statistics.median(wall for _, wall in taken):.4g}",
+                      "to_product": f"{ratio:.3f}",
+                      "extra_mb": f"{peak / 1e6:.0f}", "same_rows_percent": equal, "rounds": options.rounds,
+                      "machine": machine(), "versions": versions(), "date": time.strftime("%Y-%m-%d")})
+        print(f"{case:28}{name:14}{lines[-1]['cpu_ms']:>10} ms{lines[-1]['wall_ms']:>10} ms wall{lines[-1]['to_product']:>9}"
+              f"{lines[-1]['extra_mb']:>7} MB{equal:>8}", flush=True)
+    return lines
+
+
+def machine():
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} processors"
+
+
+def versions():
+    return "; ".join(f"{package} {importlib.metadata.version(package)}" for module, package in PACKAGES.items()
+                     if importlib.util.find_spec(module))
+
+
+def written(file):
+    """The rows of a CSV file, none if there is none."""
+    if not file.exists():
+        return []
+    with open(file, newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def write(file, rows):
+    with open(file.with_suffix(".partial"), "w", newline="") as lines:
+        table = csv.DictWriter(lines, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    os.replace(file.with_suffix(".partial"), file)
+
+
+def table(rows):
+    """The README's table: milliseconds of the product, how often as much each contender takes, memory of ours."""
+    names = [name for name in CONTENDERS if any(row["contender"] == name for row in rows) and name != "product"]
+    lines = ["| queries x rows x width | threads | product, ms | " + " | ".join(names) + " | memory of ours, MB |",
+             "|---" * (len(names) + 4) + "|"]
+    for case, threads in dict.fromkeys((row["case"], row["threads"]) for row in rows):
+        of = {row["contender"]: row for row in rows if (row["case"], row["threads"]) == (case, threads)}
+        best = min(float(row["to_product"]) for name, row in of.items() if name != "product")
+        cells = []
+        for name in names:
+            ratio = float(of[name]["to_product"]) if name in of else None
+            cells.append("" if ratio is None else f"**{ratio:.2f}**" if ratio == best else f"{ratio:.2f}")
+        lines.append(f"| {case} | {threads} | {of['product']['cpu_ms']} | {' | '.join(cells)} | {of['ours']['extra_mb']} |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=CASES, metavar="QxGxD[ KIND]",
+                        help="KIND: random (default), clustered, sorted, copies, equal; quote the two together")
+    parser.add_argument("--k", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS[2:], metavar="NAME",
+                        help=f"besides product and ours, of {', '.join(CONTENDERS[2:])} (default: all that are installed)")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "topk.csv")
+    parser.add_argument("--table", type=Path, metavar="README",
+                        help="write the table into this file, between its marks, and measure nothing")
+    options = parser.parse_args()
+    if options.table:
+        text = options.table.read_text() if options.table.is_file() else ""
+        if "<!-- topk -->\n" not in text or "<!-- end of topk -->" not in text:
+            parser.error(f"--table {options.table} must be a file with the lines <!-- topk --> and <!-- end of topk -->: give one")
+        before, rest = text.split("<!-- topk -->\n", 1)
+        after = rest[rest.index("<!-- end of topk -->"):]
+        options.table.write_text(f"{before}<!-- topk -->\n{table(written(options.out))}{after}")
+        return
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)                       # of the processes to be started
+    installed = [name for name in CONTENDERS if name not in MODULES or importlib.util.find_spec(MODULES[name])]
+    contenders = ["product", "ours", *options.contenders] if options.contenders else installed
+    for case in options.cases:
+        measured = measure(case, options, contenders)
+        kept = [row for row in written(options.out)
+                if (row["case"], row["k"], row["threads"]) != (case, str(options.k), str(options.threads))]
+        write(options.out, kept + measured)
+
+
+if __name__ == "__main__":
+    main()
