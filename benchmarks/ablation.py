@@ -6,7 +6,7 @@
 
 A row is a command: `python udon.py train` with the options in ROWS, one run a seed, each on one thread. A finished run is one
 file, results/ablation/<row>/seed<N>.json; a run that was stopped goes on from its last checkpoint in runs/ablation/. Every row
-is given the same number of images, the specialists all together.
+is given the same number of images, the specialists all together, or each so many times its part as TIMES says.
 """
 
 import argparse
@@ -47,6 +47,8 @@ ROWS = {
     "teachers": (MAIN, "--method teachers", None),
     "distill-8": (MAIN, "--method distill --distill-into-backbone", "specialists-256"),
     "distill-1": (MAIN, "--method distill --distill-into-backbone", "teachers"),
+    "specialists-256-twice": (MAIN, "--method usc --student-dim 256", None),
+    "distill-8-twice": (MAIN, "--method distill --distill-into-backbone", "specialists-256-twice"),
     "backbone": (1, "--method backbone", None),
     "usc-size": (SHORT, "--method usc --sampler size", None),
     "ujc-size": (SHORT, "--method ujc --sampler size", None),
@@ -67,6 +69,7 @@ ROWS = {
     "micro-usc-rr": (SHORT, "--model micro --method usc", None),
     "micro-udon": (SHORT, "--model micro", None),
 }
+TIMES = {"specialists-256-twice": 2}
 
 
 # Running ---------------------------------------------------------------------------------------------------------------------
@@ -107,21 +110,23 @@ class Grid:
         with lock:
             folder, command = self.options.runs / row / f"seed{seed}", self.command(row, seed)
             if row.startswith("specialists"):
-                return folder, {domain: train(folder / domain, [*command, "--domains", domain, *self.share(domain)])
+                share = {domain: self.share(domain, TIMES.get(row, 1)) for domain in self.domains}
+                return folder, {domain: train(folder / domain, [*command, "--domains", domain, *share[domain]])
                                 for domain in self.domains}
             if teachers := ROWS[row][2]:
                 of, _ = self.runs(teachers, seed)
                 command += ["--teachers", of if teachers.startswith("specialists") else of / "best.pt"]
             return folder, {row: train(folder, command)}
 
-    def share(self, domain):
-        """Options that give the specialist of one domain its part of a row's steps, of the frozen ones and of validations."""
+    def share(self, domain, times=1):
+        """Options that give the specialist of one domain its part of a row's steps, of the frozen ones and of validations, or so
+        many times as much."""
         config, parts = udon.resolve(udon.Config()), len(self.domains)
         splits = {d: data.Benchmark(self.options.data).split(d, "train") for d in self.domains}
         run = udon.Run.of(config, splits, None)
         epoch = udon.Run.of(config, {domain: splits[domain]}, None).steps_per_epoch
-        return ["--steps", run.steps // parts, "--frozen-epochs", run.frozen_steps / parts / epoch,
-                "--val-every", max(1, run.steps_per_epoch // parts)]
+        return ["--steps", times * run.steps // parts, "--frozen-epochs", times * run.frozen_steps / parts / epoch,
+                "--val-every", max(1, times * run.steps_per_epoch // parts)]
 
     def run(self, row, seed):
         target = self.options.results / row / f"seed{seed}.json"
@@ -237,12 +242,13 @@ LABELS = {
     "backbone": "backbone as pre-trained, full width", "usc-rr": "USC, round robin", "usc-size": "USC, by size",
     "ujc-rr": "UJC, round robin", "ujc-size": "UJC, by size",
     "ujc-margin": "UJC with UDON's domain margin", "distill-8": "distilled from 8 separate teachers",
+    "distill-8-twice": "the same, teachers trained twice as long",
     "distill-1": "distilled from 1 separate teacher model", "udon-paper": "UDON as published",
     "udon-paper-rr": "UDON as published, round robin", "udon": "**UDON, the default of `mini`**",
 }
-SYSTEMS = ("backbone", "usc-rr", "usc-size", "ujc-rr", "ujc-size", "ujc-margin", "distill-8", "distill-1", "udon-paper-rr",
-           "udon-paper", "udon")
-TOGETHER = {"distill-8": "specialists-256", "distill-1": "teachers"}             # whose training a distillation needs first
+SYSTEMS = ("backbone", "usc-rr", "usc-size", "ujc-rr", "ujc-size", "ujc-margin", "distill-8", "distill-8-twice",
+           "distill-1", "udon-paper-rr", "udon-paper", "udon")
+TOGETHER = {row: teachers for row, (_, _, teachers) in ROWS.items() if teachers}  # whose training a distillation needs first
 
 
 def line(results, row, pick=lambda result: result["mean"], seconds=True):
@@ -275,6 +281,7 @@ def tables(results):
                  *(line(results, row) for row in tried)]
     oracle = [("specialists-64", None, "8 specialists, 64-d"),
               ("specialists-256", None, "8 specialists, 256-d: 8 separate teachers"),
+              ("specialists-256-twice", None, "the same, trained twice as long"),
               ("teachers", None, "1 separate teacher model"), ("udon", "teacher-separate", "UDON's teachers"),
               ("udon", "student-separate", "UDON's student"), ("usc-rr", "student-separate", "USC's student")]
     text += ["", "Each query in its own domain's index (oracle):", "", "| embedding | R@1 | mMP@5 | n |", "|---|---|---|---|"]

@@ -100,6 +100,7 @@ def test_a_specialists_share(uned):
     run = udon.Run.of(udon.resolve(udon.Config()), {d: data.Benchmark(uned).split(d, "train") for d in ("birds", "cars")}, None)
     assert (steps, val_every) == (run.steps // 2, 1)
     assert frozen_epochs * 1 == run.frozen_steps / 2               # an epoch of one domain is one step too
+    assert grid.share("cars", 2)[1::2] == [run.steps, run.frozen_steps, max(1, run.steps_per_epoch)]
 
 
 def test_a_grid_that_stops_and_goes_on(uned, tmp_path, monkeypatch, capsys):
@@ -109,7 +110,7 @@ def test_a_grid_that_stops_and_goes_on(uned, tmp_path, monkeypatch, capsys):
         "specialists-256": (1, f"--method usc {quick}", None), "distill-8": (1, f"--method distill {quick}", "specialists-256"),
         "udon": (2, quick, None)})
     monkeypatch.setattr(ablation, "MAIN", 2)
-    monkeypatch.setattr(ablation.Grid, "share", lambda self, domain: ["--steps", 3])
+    monkeypatch.setattr(ablation.Grid, "share", lambda self, domain, times: ["--steps", 3])
     arguments = ["ablation.py", "--data", str(uned), "--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", arguments)
     ablation.main()
