@@ -256,6 +256,15 @@ def test_without_a_gpu_triton_is_an_error():
         cosine_topk(torch.ones(2, 3), torch.ones(4, 3), 1, backend="triton")
 
 
+@to_be_compiled
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_there_is_no_benchmark(tmp_path):
+    file, out = Path(__file__).parents[1] / "benchmarks" / "topk_gpu.py", tmp_path / "topk_gpu.csv"
+    run = subprocess.run([sys.executable, file, "--out", out], capture_output=True, text=True)
+    assert run.returncode == 2 and not run.stdout and not out.exists()
+    assert re.fullmatch(r"torch .* finds no GPU, and this measures one: run it where .*\.\n", run.stderr)
+
+
 @in_the_interpreter
 @pytest.mark.parametrize("width, k", ((3, 65), (1025, 1)))
 def test_limits(width, k):
