@@ -147,9 +147,10 @@ def topk(queries, index, k, exclude=None, precision="tf32"):
 
 def _tame(rows, dtype):
     """Rows as the kernel takes them: no squared norm may leave float32, and float64 does not go in."""
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    parts = rows.split(2**14)                                                        # at most 128 MB in float64
+    norms = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts])
     if dtype == torch.float64 or not ((norms == 0) | (norms > 1e-12) & (norms < 1e12)).all():
-        return F.normalize(reference.double(rows), dim=1, eps=1e-300).float()
+        return torch.cat([F.normalize(reference.double(part), dim=1, eps=1e-300).float() for part in parts])
     return rows.to(dtype)
 
 
