@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -26,12 +27,21 @@ GPUS = {                       # shared memory of a block in bytes, instruction 
     ("cuda", 90, 32): (232448, "wgmma.mma_async"),
     ("hip", "gfx942", 64): (65536, "v_mfma"),
 }
-SMALL_TILES = {4: (16, 64, 64, 4, 1), 2: (16, 64, 64, 4, 1)}        # for the interpreter, which computes what masks hide
+SMALL_TILES = dict.fromkeys(triton_topk.TILES, 3 * ((16, 64, 64),))             # for the interpreter: it computes what masks hide
 SHAPES = (                     # Q, G, D, k
     (1, 1, 1, 1),
     (3, 64, 7, 64),
     (17, 127, 65, 5),
     (2, 1025, 64, 6),          # the index in two parts
+    (13, 129, 1024, 64),       # the largest D and k
+)
+KINDS = (("fp32", "tf32"), ("fp32", "ieee"), ("bf16", "half"))       # values, tile
+CASES = (                      # D, rows kept, are the strides as they come?
+    (64, 32, False),           # the queries' tile stays on the chip
+    (1024, 32, False),
+    (1024, 128, False),
+    (65, 16, False),
+    (65, 128, True),
 )
 if INTERPRETED:
     triton_topk.TILES = SMALL_TILES
@@ -107,12 +117,68 @@ def test_copies_come_in_ascending_order():
 
 
 @in_the_interpreter
+@pytest.mark.parametrize("distance, products, references", ((1, [4], 0), (1e-3, [4, 4], 0), (3e-7, [4, 4], 4)))
+def test_a_search_in_doubt_is_repeated_more_precisely(monkeypatch, distance, products, references):
+    """Rows far apart; too near for tf32; too near for float32 as well."""
+    queries, index = search(4, 200, 6)
+    index, asked, whole = index[:1] + distance * index, [], []
+    selected, topk = triton_topk._selected, reference.topk
+    monkeypatch.setattr(triton_topk, "_selected", lambda *args: asked.append(len(args[0])) or selected(*args))
+    monkeypatch.setattr(reference, "topk", lambda *args: whole.append(len(args[0])) or topk(*args))
+    found = triton_topk.topk(queries, index, 5)
+    assert asked == products and sum(whole) == references
+    assert torch.equal(found, topk(queries, index, 5))
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("exclude", (torch.arange(12).view(6, 2)[:, 0], torch.tensor(3).expand(6)),
+                         ids=("every second", "expanded"))
+def test_strides_of_exclude(exclude):
+    queries, index = search(6, 90, 8)
+    assert equals_reference(triton_topk, queries, index, 4, exclude)
+    assert selects_the_best(triton_topk, queries, index, 4, exclude.contiguous())
+    assert torch.equal(cosine_topk(queries, index, 4, exclude=exclude, backend="triton")[1],
+                       cosine_topk(queries, index, 4, exclude=exclude)[1])
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("strides", ((1, 2**30), (2**24, 1)), ids=str)
+def test_offsets_beyond_31_bits(strides):
+    """Rows, or dimensions, so far apart; only the pages that are touched become memory."""
+    try:
+        index = torch.empty(2**31 + 2**24, dtype=torch.float16).as_strided((129, 3), strides)
+    except RuntimeError as error:
+        pytest.skip(f"no address space for it: {error}")
+    queries, values = search(2, 129, 3, torch.float16)
+    assert selects_the_best(triton_topk, queries, index.copy_(values), 5, torch.full((2,), -1))
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("side, value", (("queries", float("nan")), ("queries", float("-inf")), ("index", float("nan")),
+                                         ("index", float("inf"))), ids=str)
+def test_values_that_are_not_finite_are_an_error(side, value):
+    sides = dict(zip(("queries", "index"), search(3, 80, 5)))
+    sides[side][2, 1] = value
+    with pytest.raises(ValueError, match=f"{side} row 2 holds a value that is not finite"):
+        cosine_topk(**sides, k=1, backend="triton")
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("rows, k, left", ((1, 1, 0), (5, 5, 4), (5, 0, 4)), ids=str)
+def test_k_beyond_what_exclusion_leaves_is_an_error(rows, k, left):
+    with pytest.raises(ValueError, match=f"k is {k}: it must be from 1 to {left}, the rows of the index less the excluded one"):
+        cosine_topk(torch.ones(2, 3), torch.ones(rows, 3), k, exclude=[-1, 0], backend="triton")
+
+
+@in_the_interpreter
 @pytest.mark.parametrize("right, wrong", (
     ("(left + where)[:, None]", "where[:, None]"),
-    ("g[None, :] != barred[:, None]", "g[None, :] != barred[:, None] + 1"),
-    ("tl.where((g < end)[None, :] &", "tl.where((g < end - 1)[None, :] &"),
+    ("left + where != barred", "left + where + 1 != barred"),
+    ("left + columns < count", "left + columns < count - 1"),
     ("start + held_rows)", "held_rows)"),
-    ("tl.sqrt(g_norm)", "g_norm"),
+    ("tl.sqrt(tl.where(g_norm", "(tl.where(g_norm"),
+    ("held / tl.sqrt(", "held / ("),
+    ("rows + q * parts * KEEP + where", "rows + q * KEEP + where"),
 ), ids=str)
 def test_a_broken_kernel_is_noticed(tmp_path, right, wrong):
     source = Path(triton_topk.__file__).read_text()
@@ -131,30 +197,51 @@ def test_a_broken_kernel_is_noticed(tmp_path, right, wrong):
     assert not all(selects_the_best(broken, queries, index, 6, barred) for barred in (nearest, none))
 
 
-@to_be_compiled
-@pytest.mark.parametrize("keep", (16, 128))
-@pytest.mark.parametrize("size", triton_topk.TILES)
-@pytest.mark.parametrize("gpu", GPUS, ids=str)
-def test_compiles_for_gpus(gpu, size, keep):
-    """Fits the shared memory, uses the tensor cores, spills no vector register where the compiler tells."""
+def compiled(kernel, gpu, types, constants, aligned, options):
+    """-> the assembly, once it is known to fit the shared memory and to keep all registers on the chip."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    bq, bg, bd, warps, stages = triton_topk.TILES[size]
-    constants = dict(D=64, KEEP=keep, BQ=bq, BG=bg, BD=bd, PRECISION="tf32", q_step=1, g_step=1)
-    value = {4: "*fp32", 2: "*bf16"}[size]
-    types = dict(queries=value, index=value, exclude="*i64", best="*fp32", rows="*i64", q_count="i32", g_count="i64", part="i64",
-                 q_stride="i64", g_stride="i64", **dict.fromkeys(constants, "constexpr"))
-    names = triton_topk.select.arg_names
-    aligned = {(names.index(name),): [["tt.divisibility", 16]]
-               for name in ("queries", "index", "best", "rows", "q_stride", "g_stride")}
-    compiled = triton.compile(ASTSource(triton_topk.select, {name: types[name] for name in names}, constants, aligned),
-                              target=GPUTarget(*gpu), options={"num_warps": warps, "num_stages": stages})
-    shared, instruction = GPUS[gpu]
-    text = compiled.asm["ptx" if gpu[0] == "cuda" else "amdgcn"]
-    assert compiled.metadata.shared <= shared
-    assert instruction in text
+    types = {name: "constexpr" if name in constants else types.get(name, "i64") for name in kernel.arg_names}
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    result = triton.compile(ASTSource(kernel, types, constants, attributes), target=GPUTarget(*gpu), options=options)
+    shared, available = result.metadata.shared, GPUS[gpu][0]
+    assert shared <= available, f"{shared} bytes of shared memory, {available} there are"
     if gpu[0] == "hip":
-        assert re.search(r"\.vgpr_spill_count: *0\b", text)
+        text = result.asm["amdgcn"]
+        assert re.search(r"\.vgpr_spill_count: *0\b", text) and re.search(r"\.private_segment_fixed_size: *0\b", text)
+        return text
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        used = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True).stdout
+    assert re.search(r"STACK:0\b", used), f"registers are spilled: {used}"
+    return result.asm["ptx"]
+
+
+@to_be_compiled
+@pytest.mark.parametrize("value, tile, width, keep, strided", [kind + case for kind in KINDS for case in CASES] +
+                         [("fp16", "half", *CASES[0])])
+@pytest.mark.parametrize("gpu", GPUS, ids=str)
+def test_compiles_for_gpus(gpu, value, tile, width, keep, strided):
+    """Every tile: fits the shared memory, spills no register, uses the tensor cores, loads ahead."""
+    precision = "ieee" if tile == "ieee" else "tf32"
+    regular = width % 16 == 0 and not strided
+    bq, bg, bd = triton_topk._tile_sizes(tile, width, regular and keep <= triton_topk.FEW)
+    constants = dict(D=width, KEEP=keep, BQ=bq, BG=bg, BD=bd, PRECISION=precision, **({} if strided else dict(q_step=1, g_step=1)))
+    types = dict(queries=f"*{value}", index=f"*{value}", exclude="*i64", best="*fp32", rows="*i64")
+    aligned = [*types, "part"] + regular * ["q_stride", "g_stride"]
+    text = compiled(triton_topk.select, gpu, types, constants, aligned, triton_topk.LAUNCH[gpu[0]])
+    assert (GPUS[gpu][1] in text) == (precision == "tf32" or gpu[0] == "hip")
+    if gpu[0] == "cuda" and regular:
+        assert "cp.async.wait_group" in text
+
+
+@to_be_compiled
+@pytest.mark.parametrize("keep", (16, 128))
+@pytest.mark.parametrize("gpu", GPUS, ids=str)
+def test_merge_compiles_for_gpus(gpu, keep):
+    types = dict(best="*fp32", rows="*i64", worst="*fp32", kept="*i64")
+    compiled(triton_topk.merge, gpu, types, dict(KEEP=keep, WIDTH=triton_topk.MERGED), types, {})
 
 
 @to_be_compiled
@@ -167,6 +254,15 @@ def test_triton_is_not_imported_until_used():
 def test_without_a_gpu_triton_is_an_error():
     with pytest.raises(ValueError, match="backend 'triton' .* on cpu: it needs .* use 'auto' or 'torch'"):
         cosine_topk(torch.ones(2, 3), torch.ones(4, 3), 1, backend="triton")
+
+
+@to_be_compiled
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_there_is_no_benchmark(tmp_path):
+    file, out = Path(__file__).parents[1] / "benchmarks" / "topk_gpu.py", tmp_path / "topk_gpu.csv"
+    run = subprocess.run([sys.executable, file, "--out", out], capture_output=True, text=True)
+    assert run.returncode == 2 and not run.stdout and not out.exists()
+    assert re.fullmatch(r"torch .* finds no GPU, and this measures one: run it where .*\.\n", run.stderr)
 
 
 @in_the_interpreter
