@@ -34,7 +34,7 @@ CASES = ("4096x200000x64", "4096x200000x64 clustered", "4096x200000x64 sorted", 
 CONTENDERS = ("product", "ours", "faiss", "torch", "torch, tiles", "numpy", "scikit-learn", "usearch")
 MODULES = {"faiss": "faiss", "scikit-learn": "sklearn", "usearch": "usearch"}
 PACKAGES = {"faiss": "faiss-cpu", "sklearn": "scikit-learn", "usearch": "usearch", "numpy": "numpy", "torch": "torch"}
-SLOW = {"usearch": 2**25, "scikit-learn": 2**29, "numpy": 2**30}               # pairs, above which a contender is left out
+SLOW = {"usearch": 2**25, "scikit-learn": 2**30, "numpy": 2**30}               # pairs, above which a contender is left out
 AT_LEAST = 0.1                                                                 # seconds of a measurement: short calls are repeated
 BLOCK, SLAB = 512, 1024                                                        # queries, index rows of a tile
 

@@ -100,6 +100,17 @@ def test_the_ablation_tables_come_from_results():
     assert ablation.tables(ablation.read(ablation.RESULTS)) == readme().split("<!-- ablation -->\n")[1].split("<!-- end of")[0]
 
 
+def test_retrieval_figures_come_from_results():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import topk
+    table = readme().split("<!-- topk -->\n")[1].split("<!-- end of")[0]
+    assert topk.table(topk.written(ROOT / "results" / "topk.csv")) == table
+    size = json.loads((ROOT / "results" / "uned_size.json").read_text())
+    shown = (f"{size['queries']:,} queries among {size['index']:,} rows", f"{size['search_seconds']:.0f} s of search on {size['threads']}",
+             f"{size['beside_search_us_per_query']:.2f} µs", f"{size['peak_memory_mb']} MB")
+    assert [text for text in shown if text not in readme()] == []
+
+
 def test_results_were_written_by_the_defaults_of_now():
     import dataclasses
     import udon
