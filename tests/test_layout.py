@@ -106,7 +106,8 @@ def test_retrieval_figures_come_from_results():
     table = readme().split("<!-- topk -->\n")[1].split("<!-- end of")[0]
     assert topk.table(topk.written(ROOT / "results" / "topk.csv")) == table
     size = json.loads((ROOT / "results" / "uned_size.json").read_text())
-    shown = (f"{size['queries']:,} queries among {size['index']:,} rows", f"{size['search_seconds']:.0f} s of search on {size['threads']}",
+    shown = (f"{size['queries']:,} queries among {size['index']:,} rows",
+             f"{size['search_seconds']:.0f} s of search on {size['threads']}",
              f"{size['beside_search_us_per_query']:.2f} µs", f"{size['peak_memory_mb']} MB")
     assert [text for text in shown if text not in readme()] == []
 
