@@ -163,7 +163,7 @@ def combined(parts):
         (result,) = parts.values()
         return {key: value for key, value in result.items() if key != "untrained"} | {"untrained": result["untrained"]["mean"]}
     domains = {domain: result["domains"][domain] for domain, result in parts.items()}
-    mean = {metric: statistics.fmean(row[metric] for row in domains.values()) for metric in ("recall_at_1", "mmp_at_5")}
+    mean = {metric: statistics.fmean(row[metric] for row in domains.values()) for metric in METRICS}
     return {"mean": mean, "domains": domains, "index": "separate", "embedding": "student", "method": "specialists",
             "parameters": {name: sum(r["parameters"][name] for r in parts.values()) for name in ("trained", "inference")},
             "images": {domain: r["images"][domain] for domain, r in parts.items()},
@@ -253,20 +253,34 @@ SYSTEMS = ("backbone", "usc-rr", "usc-size", "ujc-rr", "ujc-size", "ujc-margin",
 TOGETHER = {row: teachers for row, (_, _, teachers) in ROWS.items() if teachers}  # whose training a distillation needs first
 
 
-def line(results, row, pick=lambda result: result["mean"], seconds=True):
+def time_to(results, row, other):
+    """Median over seeds of the time of a row, its teachers' included, in that of another; NaN where it is not known."""
+    def time_of(row, seed):
+        own = results[row][seed]["cpu_seconds"]
+        teachers = results.get(TOGETHER[row], {}).get(seed, {"cpu_seconds": math.nan}) if row in TOGETHER else {"cpu_seconds": 0}
+        return own + teachers["cpu_seconds"]
+
+    ratios = [time_of(row, seed) / time_of(other, seed) for seed in results[row].keys() & results[other].keys()]
+    return statistics.median(ratios) if ratios and not any(map(math.isnan, ratios)) else math.nan
+
+
+def ratio_or_nothing(ratio):
+    return "" if math.isnan(ratio) else f"{ratio:.2f}"
+
+
+def line(results, row):
     """One row of a table of systems."""
     runs = results[row]
     first = first_of(runs)
-    metrics = [shown([pick(run)[metric] for run in runs.values()]) for metric in ("recall_at_1", "mmp_at_5")]
-    gains = [difference(results, row, BASELINE, lambda run: pick(run)[metric]) for metric in ("recall_at_1", "mmp_at_5")]
-    time_of = lambda name, seed: results[name][seed]["cpu_seconds"] if seed in results.get(name, {}) else math.nan
-    ratios = [(time_of(row, seed) + (time_of(TOGETHER[row], seed) if row in TOGETHER else 0)) / time_of(BASELINE, seed)
-              for seed in runs]
-    ratio = f"{statistics.median(ratios):.2f}" if row != "backbone" and not any(map(math.isnan, ratios)) else ""
+    pick = lambda metric: lambda result: result["mean"][metric]
+    metrics = [shown(list(map(pick(metric), runs.values()))) for metric in METRICS]
+    gains = [difference(results, row, BASELINE, pick(metric)) for metric in METRICS]
+    ratio = "" if row == "backbone" else ratio_or_nothing(time_to(results, row, BASELINE))
     return "| " + " | ".join([LABELS.get(row, f"`{row}`"), *metrics, *gains, millions(first["parameters"]["trained"]),
                               millions(first["parameters"]["inference"]), ratio, str(len(runs))]) + " |"
 
 
+METRICS = ("recall_at_1", "mmp_at_5")
 HEADING = ("| system | R@1 | mMP@5 | R@1 − USC | mMP@5 − USC | trained, M | kept, M | time | n |\n"
            "|---|---|---|---|---|---|---|---|---|")
 
@@ -274,6 +288,15 @@ HEADING = ("| system | R@1 | mMP@5 | R@1 − USC | mMP@5 − USC | trained, M | 
 def tables(results):
     """The README's tables as one text."""
     text = [HEADING, *(line(results, row) for row in SYSTEMS if row in results)]
+    compared = [row for row in ("udon", "udon-paper-rr") if row in results]
+    text += ["", "UDON against each, paired by seed, and its time in the other's:", "",
+             "| UDON − | " + " | ".join(f"{LABELS[row].replace('*', '')}: R@1 | mMP@5 | time" for row in compared) + " |",
+             "|---" * (3 * len(compared) + 1) + "|"]
+    for other in (row for row in SYSTEMS if row in results and row not in ("udon", "backbone")):
+        cells = [cell for row in compared for cell in (
+            *(difference(results, row, other, lambda result: result["mean"][metric]) for metric in METRICS),
+            "" if row == other else ratio_or_nothing(time_to(results, row, other)))]
+        text.append(f"| {LABELS[other]} | " + " | ".join(cells) + " |")
     others = [row for row in ROWS if row in results and row not in SYSTEMS and not row.startswith(("specialists", "teachers"))]
     if others:
         text += ["", "Variations:", "", HEADING, *(line(results, row) for row in others)]
@@ -290,7 +313,7 @@ def tables(results):
     for row, further, label in oracle:
         if row in results:
             means = [run["further"][further]["mean"] if further else run["mean"] for run in results[row].values()]
-            text.append(f"| {label} | " + " | ".join(shown([m[metric] for m in means]) for metric in ("recall_at_1", "mmp_at_5"))
+            text.append(f"| {label} | " + " | ".join(shown([m[metric] for m in means]) for metric in METRICS)
                         + f" | {len(means)} |")
     shownrows = [row for row in SYSTEMS if row in results and not row.endswith("-size")]
     domains = list(first_of(results[BASELINE])["domains"])
