@@ -15,6 +15,8 @@ itself is excluded by its row in the index, never by its rank.
 import argparse
 import json
 import math
+import numbers
+import operator
 import os
 from collections import defaultdict
 from itertools import chain, count
@@ -60,9 +62,9 @@ def retrieval_metrics(queries, index, *, exclude=None, k=5):
     """
     vectors = [torch.as_tensor(side.vectors) for side in (queries, index)]
     for name, side, rows in zip(("queries", "index"), (queries, index), vectors):
-        if not len(rows) == len(side.labels) == len(side.domains) or k < 1:
+        if not len(rows) == len(side.labels) == len(side.domains) or not isinstance(k, numbers.Integral) or k < 1:
             raise ValueError(f"{name} have {len(rows)} vectors, {len(side.labels)} labels, {len(side.domains)} domains, and k is "
-                             f"{k}: the three must be equally many, and k at least 1")
+                             f"{k}: the three must be equally many, and k a whole number from 1 on")
     if not len(vectors[0]):
         raise ValueError("there are no queries: give at least one")
     exclude = torch.full((len(vectors[0]),), -1) if exclude is None else torch.as_tensor(exclude).cpu()
@@ -125,16 +127,22 @@ def _domain_ids(domains, numbers):
 def _label_matrix(labels):
     """(N, L) int64, and which of it are labels and not padding: (N, L) bool, or True for all."""
     try:
-        matrix = np.asarray(labels, dtype=np.int64)
-        return matrix.reshape(len(matrix), math.prod(matrix.shape[1:])), True
-    except (TypeError, ValueError):                                                              # differently many, or sets
-        pass
+        matrix = np.asarray(labels)
+    except ValueError:                                                                           # differently many
+        matrix = np.empty(len(labels), dtype=object)
+    if matrix.dtype.kind in "ib" or not matrix.size:
+        return matrix.reshape(len(matrix), math.prod(matrix.shape[1:])).astype(np.int64), True
+    if matrix.dtype.kind != "O" and not (matrix.dtype.kind == "u" and matrix.max() < 2**63):
+        raise ValueError(f"labels are {matrix.dtype}, such as {matrix.flat[0]!r}: they must be whole numbers of at most 64 bits")
     several = [(label,) if isinstance(label, (int, np.integer)) or not (np.ndim(label) or isinstance(label, (set, frozenset)))
                else label for label in labels]
     lengths = np.fromiter(map(len, several), np.int64, len(several))
     known = np.arange(lengths.max()) < lengths[:, None]
     matrix = np.zeros(known.shape, dtype=np.int64)
-    matrix[known] = np.fromiter(map(int, chain.from_iterable(several)), np.int64, lengths.sum())
+    try:
+        matrix[known] = np.fromiter(map(operator.index, chain.from_iterable(several)), np.int64, lengths.sum())
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"a label is no whole number of at most 64 bits ({error}): all must be") from None
     return matrix, known
 
 
@@ -226,7 +234,7 @@ def evaluate(model, sets, preprocessing, *, index="merged", embedding="student")
             vectors = embed(network, images, preprocessing["mean"], preprocessing["std"], device)
             embedded[images] = Embeddings(vectors, images.split.labels, [domain] * len(images))
         queries[domain], indexes[domain] = embedded[query_images], embedded[index_images]
-        rows[domain] = np.arange(len(query_images)) if query_images is index_images else np.full(len(query_images), -1)
+        rows[domain] = itself(query_images.split, index_images.split)
     if index == "merged":
         offsets = dict(zip(sets, np.cumsum([0] + [len(part.vectors) for part in indexes.values()])))
         exclude = np.concatenate([np.where(rows[d] >= 0, rows[d] + offsets[d], -1) for d in sets])
@@ -242,6 +250,14 @@ def evaluate(model, sets, preprocessing, *, index="merged", embedding="student")
                for d, recall, mmp in zip(sets, recalls, mmps)}
     mean = {name: sum(row[name] for row in domains.values()) / len(domains) for name in ("recall_at_1", "mmp_at_5")}
     return {"mean": mean, "domains": domains}
+
+
+def itself(queries, index):
+    """(Q,) int64: the row of the index that is the query's own image, or -1."""
+    if queries is index:
+        return np.arange(len(queries))
+    rows = {} if index.paths is None else {path: row for row, path in enumerate(index.paths.tolist())}
+    return np.array([rows.get(path, -1) for path in ([None] * len(queries) if queries.paths is None else queries.paths.tolist())])
 
 
 def _joined(parts):
@@ -294,8 +310,11 @@ def build(architecture):
 def write_json(path, value):
     """Writes all of the file or nothing."""
     partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise data.InputError(f"file {path} cannot be written ({error.strerror}): give another, or make room") from None
 
 
 def default_device():
@@ -329,6 +348,11 @@ def report(options):
     if (embedding, index) == ("teacher", "merged"):
         raise data.InputError("--embedding teacher with --index merged compares what different teachers say: use --index separate")
     root, domains = options.data or checkpoint["config"]["data"], options.domains or checkpoint["config"].get("domains")
+    if domains and not options.domains:
+        there = data.Benchmark(root).domains
+        if set(domains) - set(there):
+            raise data.InputError(f"--domains is not given, so those of the run are meant, {', '.join(domains)}, but {root} has "
+                                  f"{', '.join(there)}: name with --domains those to evaluate")
     benchmark = data.Benchmark(root, domains)
     untaught = [d for d in benchmark.domains if d not in model.teacher_heads]
     if embedding == "teacher" and untaught:

@@ -265,6 +265,8 @@ def main(arguments):
                     "architecture": {"backbone": file["architecture"]["backbone"]}, "preprocessing": file["preprocessing"]}
         except (KeyError, TypeError):
             raise WeightsError(f"{source} is no checkpoint of udon.py: give a best.pt or last.pt") from None
+        if os.path.isdir(target) or not os.path.isdir(os.path.dirname(target) or "."):
+            raise WeightsError(f"{target} cannot be written: give a file in a folder that exists")
         torch.save(kept, f"{target}.partial")
         os.replace(f"{target}.partial", target)
     except (WeightsError, OSError, RuntimeError) as error:

@@ -62,7 +62,7 @@ class Config:
     beside: str | None = option(None, "baseline to train after it in the same way, into <out>/<baseline>, and to print beside "
                                       "it; none: usc for udon on the procedural domains", ("usc", "ujc", "nothing"))
     model: str = option("mini", "size of the ViT (paper: b16)", tuple(SIZES))
-    image_size: int | None = option(None, "pixels; none: the model's own, 48 for mini, 224 for the others (paper: 224)")
+    image_size: int | None = option(None, "pixels; none: the model's own, 48 for micro and mini, 224 for the others (paper: 224)")
     init: str | None = option(None, "ViT weights to start from: a file (paper: AugReg or CLIP), the project's own micro or mini, "
                                     "or scratch; none: the model's own if it has some, else scratch")
     init_activation: str | None = option(None, "activation of those weights where the file cannot tell, such as gelu for "
@@ -576,8 +576,12 @@ def keep_metrics_until(step, path):
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     kept = []
     for line in lines:
-        if not line.endswith("\n") or json.loads(line)["step"] > step:              # the last one may be cut short
-            break
+        try:
+            if not line.endswith("\n") or json.loads(line)["step"] > step:          # the last one may be cut short
+                break
+        except (ValueError, TypeError, KeyError):
+            raise data.InputError(f"{path} is damaged at line {len(kept) + 1}, {line.strip()[:40]!r}: remove the lines that are no "
+                                  "JSON objects with a step") from None
         kept.append(line)
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")

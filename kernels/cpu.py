@@ -10,7 +10,7 @@
 4. Float32 is off by less than `noise`: if the reference's k-th score is above the best discarded float32 score by more, no
    discarded row can belong to the result. Queries of which that cannot be said go to the reference; if they are many, copies
    in the index are the cause: the search is over distinct rows, and copies are put back into the result.
-Copy with: reference.py, torch, numpy.
+Copy with: the folder kernels/, torch, numpy.
 """
 
 import math
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from kernels import reference
 from kernels.reference import NOTHING, ONE
 
-EMPTY = torch.empty(0)
+EMPTY = torch.empty(0, dtype=torch.float32)
 GROUP = 16                     # rows; also groups in a supergroup
 QUERY_BLOCK = 736              # queries of a tile: rows a power of two apart would crowd into the same places of the cache
 TILE = 512 * QUERY_BLOCK       # values, 1.5 MB
@@ -62,7 +62,6 @@ def few(queries, index, k, exclude=None):
     return torch.from_numpy(((keys >> 32) / ONE).astype(np.float32)), torch.from_numpy(2**32 - 1 - (keys & (2**32 - 1)))
 
 
-@torch.no_grad()
 def topk(queries, index, k, exclude=None):
     keep, width = k + SPARE, queries.shape[1]
     too_few = len(index) < 4 * keep or len(queries) * len(index) < SMALL
@@ -131,7 +130,7 @@ def _through(queries, index, among, k, exclude, threads, spread):
     size = min(QUERY_BLOCK, -(-len(queries) // threads))
     blocks = [slice(top, top + size) for top in range(0, len(queries), size)]
     groups = torch.zeros(len(queries), keep if whole else 0, dtype=torch.int64)
-    maxima = torch.full((len(queries), keep), -torch.inf)
+    maxima = torch.full((len(queries), keep), -torch.inf, dtype=torch.float32)
     keys, sure = torch.empty(len(queries), k, dtype=torch.int64), torch.empty(len(queries), dtype=torch.bool)
     memory = _Memory()
 
@@ -147,7 +146,7 @@ def _through(queries, index, among, k, exclude, threads, spread):
     step = min(CHUNK, MAXIMA // threads, CHUNK if is_unit else NORMALISED // width)
     chunks = -(-whole // max(step, GROUP**2)) or 1
     step = -(-whole // chunks // GROUP**2) * GROUP**2 or 1
-    chunk = None if is_unit else torch.empty(min(step, whole), width)
+    chunk = None if is_unit else torch.empty(min(step, whole), width, dtype=torch.float32)
     for left in range(0, whole, step):
         part = (index[left:whole] if is_unit else chunk[:whole - left])[:step]
 
@@ -176,7 +175,7 @@ def _through(queries, index, among, k, exclude, threads, spread):
         mine = queries[block]
         unit = _normalised(mine)                                                                       # (q, D)
         places = (groups[block][:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)                  # (q, keep * GROUP)
-        scores = torch.empty(len(mine), places.shape[1] + len(tail))
+        scores = torch.empty(len(mine), places.shape[1] + len(tail), dtype=torch.float32)
         several = max(1, GATHERED // max(1, places.shape[1] * width))
         for top in range(0, len(mine) if whole else 0, several):
             some = slice(top, top + several)
@@ -263,5 +262,5 @@ class _Memory(threading.local):
     def __call__(self, name, *shape):
         size = math.prod(shape)
         if getattr(self, name, EMPTY).numel() < size:
-            setattr(self, name, torch.empty(size))
+            setattr(self, name, torch.empty(size, dtype=torch.float32))
         return getattr(self, name)[:size].view(shape)

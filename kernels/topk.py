@@ -5,6 +5,7 @@
 reference.py defines the scores, cpu.py and triton_topk.py find the same ones sooner.
 """
 
+import numbers
 import os
 
 import torch
@@ -47,7 +48,8 @@ def cosine_topk(queries, index, k, *, exclude=None, backend="auto"):
         from kernels.triton_topk import topk as search                         # here: triton is slow to import, and not everywhere
     else:
         search = cpu.topk if on_cpu else reference.topk
-    with torch.autocast(queries.device.type, enabled=False):
+    # Inference mode is of one thread alone: others may not write into what was made in it.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
         return reference.result(search(queries, index, int(k), exclude))
 
 
@@ -69,6 +71,8 @@ def _validated(queries, index, k, exclude):
             raise ValueError(f"exclude holds {int(exclude[outside][0])}: it must hold rows of the index, 0 to "
                              f"{len(index) - 1}, or -1")
         left -= int((exclude >= 0).any())
-    if k != int(k) or not 1 <= k <= left:
-        raise ValueError(f"k is {k}: it must be from 1 to {left}, the rows of the index less the excluded one")
+    if left < 1:
+        raise ValueError(f"the index has {len(index)} rows, which leaves none to a query: give at least one more")
+    if not isinstance(k, numbers.Integral) or not 1 <= k <= left:
+        raise ValueError(f"k is {k!r}: it must be a whole number from 1 to {left}, the rows of the index less the excluded one")
     return exclude

@@ -10,7 +10,7 @@
 3. The reference scores these rows. If its k-th score is above the worst of the kept ones by more than the precision's noise, no
    other row can belong to the result. Queries of which that cannot be said are searched again without tf32, and those of which it
    cannot be said even then by the reference.
-Copy with: reference.py, torch, triton.
+Copy with: the folder kernels/, torch, triton.
 """
 
 import torch
@@ -120,7 +120,7 @@ def topk(queries, index, k, exclude=None, precision="tf32"):
     if k > LARGEST_K or not 1 <= queries.shape[1] <= LARGEST_WIDTH:
         raise ValueError(f"k is {k}, and the rows have {queries.shape[1]} values: the triton backend takes k to {LARGEST_K} and "
                          f"1 to {LARGEST_WIDTH} values; use backend 'torch'")
-    exclude = torch.full((len(queries),), -1, device=queries.device) if exclude is None else exclude.contiguous()
+    exclude = torch.full((len(queries),), -1, dtype=torch.int64, device=queries.device) if exclude is None else exclude.contiguous()
     keys = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     same = queries.dtype if queries.dtype == index.dtype else torch.float32
     there = _tame(index.to(queries.device), same)
@@ -174,7 +174,7 @@ def _selected(queries, index, k, exclude, precision):
     parts = max(parts, triton.cdiv(len(index), 2**30))                               # a part's rows are counted in int32
     size = triton.cdiv(triton.cdiv(len(index), parts), bg) * bg
     parts = triton.cdiv(len(index), size)
-    best = torch.empty(len(queries), parts, keep, device=queries.device)
+    best = torch.empty(len(queries), parts, keep, dtype=torch.float32, device=queries.device)
     rows = torch.empty(len(queries), parts, keep, dtype=torch.int64, device=queries.device)
     select[(blocks, parts)](queries, index, exclude, best, rows, len(queries), len(index), size, *queries.stride(), *index.stride(),
                             D=queries.shape[1], KEEP=keep, BQ=bq, BG=bg, BD=bd, PRECISION=precision,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 import data
 import evaluate
+import pretrained
 import udon
 
 ROOT = Path(__file__).parents[1]
@@ -264,6 +266,40 @@ def test_mistakes_in_evaluation(trained, uned, class_folders, tmp_path, capsys):
     fails(capsys, evaluate.main, [best, "--data", uned, "--json", tmp_path / "no" / "out.json"], "out.json")
     fails(capsys, evaluate.main, [best, "--data", uned, "--json", tmp_path], tmp_path)
     fails(capsys, evaluate.main, [best, "--data", uned, "--device", "abacus"], "abacus")
+
+
+def test_a_result_that_cannot_be_written(trained, uned, tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluate.os, "replace", refuse)
+    fails(capsys, evaluate.main, [trained[0] / "best.pt", "--data", uned, "--json", tmp_path / "out.json"], "No space left")
+
+
+def test_a_query_that_stands_in_the_index_too_is_not_its_own_neighbour(trained, tmp_path, capsys):
+    """Whether the index is the queries' own split, or a file that lists the same images."""
+    from conftest import write_uned
+    root, found = write_uned(tmp_path / "data"), []
+    for _ in range(2):
+        evaluate.main([str(trained[0] / "best.pt"), "--data", str(root), "--domains", "birds", "--json", str(tmp_path / "out.json")])
+        found.append(json.loads((tmp_path / "out.json").read_text())["mean"])
+        shutil.copy(root / "info_files" / "birds" / "test.json", root / "info_files" / "birds" / "index.json")
+    assert found[0] == found[1]
+
+
+def test_damaged_metrics(trained, tmp_path, capsys):
+    shutil.copytree(trained[0], tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(["rubbish\n", *lines]))
+    fails(capsys, udon.main, ["train", "--out", tmp_path / "run", "--resume"], "metrics.jsonl is damaged at line 1")
+
+
+def test_weights_are_not_written_onto_a_folder(trained, tmp_path, capsys):
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        pretrained.main([str(trained[0] / "best.pt"), str(tmp_path / "folder.pt")])
+    assert stop.value.code == 2 and "folder.pt cannot be written" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["folder.pt"]
 
 
 def test_a_truncated_image_stops_before_anything_is_written(tmp_path, capsys):

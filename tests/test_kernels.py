@@ -518,13 +518,13 @@ def with_value(matrix, row, value):
 
 
 @pytest.mark.parametrize("arguments, options, sentence", (
-    ((Q, G, 0), {}, "k is 0: it must be from 1 to 6"),
-    ((Q, G, -2), {}, "k is -2: it must be from 1 to 6"),
-    ((Q, G, 7), {}, "k is 7: it must be from 1 to 6"),
+    ((Q, G, 0), {}, "k is 0: it must be a whole number from 1 to 6"),
+    ((Q, G, -2), {}, "k is -2: it must be a whole number from 1 to 6"),
+    ((Q, G, 7), {}, "k is 7: it must be a whole number from 1 to 6"),
     ((Q, G, 2.5), {}, "k is 2.5: .*must"),
-    ((Q, G, 6), {"exclude": torch.tensor([-1, 2, -1])}, "k is 6: it must be from 1 to 5"),
-    ((Q, G[:1], 1), {"exclude": torch.tensor([-1, 0, -1])}, "k is 1: it must"),
-    ((Q, G[:0], 1), {}, "k is 1: it must"),
+    ((Q, G, 6), {"exclude": torch.tensor([-1, 2, -1])}, "k is 6: it must be a whole number from 1 to 5"),
+    ((Q, G[:1], 1), {"exclude": torch.tensor([-1, 0, -1])}, "the index has 1 rows, which leaves none"),
+    ((Q, G[:0], 1), {}, "the index has 0 rows, which leaves none"),
     ((Q, torch.ones(6, 5), 1), {}, "queries have 4 dimensions, the index has 5: .*must"),
     ((with_value(Q, 2, NAN), G, 1), {}, "queries row 2 .*must"),
     ((with_value(Q, 0, INF), G, 1), {}, "queries row 0 .*must"),
@@ -547,3 +547,26 @@ def with_value(matrix, row, value):
 def test_errors_name_the_value_and_the_remedy(arguments, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         cosine_topk(*arguments, **options)
+
+
+# Where it is called -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ((2, 9, 4), (40, 300, 64), (600, 9001, 16)), ids=str)
+@pytest.mark.parametrize("kind", ("random", "equal"))
+def test_in_inference_mode_on_two_threads_and_with_another_default_type(kind, shape):
+    """Inference mode is of one thread, and a default type is no reason for another product."""
+    queries, index = made_search(kind, 20, *shape)
+    expected = reference.result(reference.topk(queries, index, 3))
+    try:
+        torch.set_num_threads(2)
+        with torch.inference_mode():
+            inside = cosine_topk(queries, index, 3)
+            own = cosine_topk(queries * 2, index * 2, 3)
+        torch.set_default_dtype(torch.float64)
+        other = cosine_topk(queries, index, 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(1)
+    for found in (inside, own, other):
+        assert all(map(torch.equal, found, expected))
