@@ -281,7 +281,8 @@ def test_a_query_that_stands_in_the_index_too_is_not_its_own_neighbour(trained, 
     from conftest import write_uned
     root, found = write_uned(tmp_path / "data"), []
     for _ in range(2):
-        evaluate.main([str(trained[0] / "best.pt"), "--data", str(root), "--domains", "birds", "--json", str(tmp_path / "out.json")])
+        evaluate.main([str(trained[0] / "best.pt"), "--data", str(root), "--domains", "birds",
+                       "--json", str(tmp_path / "out.json")])
         found.append(json.loads((tmp_path / "out.json").read_text())["mean"])
         shutil.copy(root / "info_files" / "birds" / "test.json", root / "info_files" / "birds" / "index.json")
     assert found[0] == found[1]
