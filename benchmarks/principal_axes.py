@@ -1,4 +1,4 @@
-"""Could an exact search of real embeddings take less than the whole product? The question asked of a trained student, once.
+"""Could an exact search of real embeddings take less than the whole product? measured once on the embeddings of a trained student.
 
     python benchmarks/principal_axes.py CHECKPOINT --data DIR      # writes results/principal_axes.json
 
