@@ -9,7 +9,6 @@ file, results/ablation/<row>/seed<N>.json; a run that was stopped goes on from i
 is given the same number of images, the specialists all together, or each so many times its part as TIMES says.
 """
 
-import argparse
 import json
 import math
 import os
@@ -26,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+import evaluate  # noqa: E402
 import udon  # noqa: E402
+from checks import positive  # noqa: E402
 
 RESULTS, RUNS = ROOT / "results" / "ablation", ROOT / "runs" / "ablation"
 MAIN, SHORT = 5, 3                                                # seeds of a main row and of the others
@@ -83,7 +84,8 @@ def call(*arguments, log):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         code = subprocess.call([sys.executable, *map(str, arguments)], stdout=file, stderr=file, env=environment, cwd=ROOT)
     if code:
-        raise SystemExit(f"ablation.py: {' '.join(map(str, arguments))} ended with status {code}: see {log}")
+        raise data.InputError(f"{' '.join(map(str, arguments))} ended with status {code}: mend what the end of {log} says, and "
+                              "start again, which goes on with what is there")
 
 
 def train(folder, options):
@@ -102,7 +104,11 @@ class Grid:
         self.locks, self.lock = {}, threading.Lock()
 
     def command(self, row, seed):
-        return ["--data", self.options.data, "--seed", seed, "--workers", 0, *ROWS[row][1].split()]
+        command = ["--data", self.options.data, "--seed", seed, "--workers", 0, *ROWS[row][1].split()]
+        if teachers := ROWS[row][2]:
+            of = self.options.runs / teachers / f"seed{seed}"
+            command += ["--teachers", of if teachers.startswith("specialists") else of / "best.pt"]
+        return command
 
     def runs(self, row, seed):
         """Folder, and {name: test.json} of the runs that make up one row with one seed."""
@@ -115,8 +121,7 @@ class Grid:
                 return folder, {domain: train(folder / domain, [*command, "--domains", domain, *share[domain]])
                                 for domain in self.domains}
             if teachers := ROWS[row][2]:
-                of, _ = self.runs(teachers, seed)
-                command += ["--teachers", of if teachers.startswith("specialists") else of / "best.pt"]
+                self.runs(teachers, seed)
             return folder, {row: train(folder, command)}
 
     def share(self, domain, times=1):
@@ -151,10 +156,14 @@ class Grid:
         result |= {"version": version(), "machine": f"{platform.machine()}, {os.cpu_count()} processors, one thread a run",
                    "date": time.strftime("%Y-%m-%d")}
         target.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=1).replace(self.options.data, Path(self.options.data).name).replace(f"{ROOT}{os.sep}", "")
-        target.with_suffix(".partial").write_text(text + "\n")                        # without the folders of this machine
+        target.with_suffix(".partial").write_text(relative(json.dumps(result, indent=1), self.options.data) + "\n")
         os.replace(target.with_suffix(".partial"), target)
         print(f"{time.strftime('%H:%M:%S')} {row} seed {seed}: R@1 {100 * result['mean']['recall_at_1']:.2f}", flush=True)
+
+
+def relative(text, root):
+    """Without the folders of this machine."""
+    return text.replace(root, Path(root).name).replace(f"{ROOT}{os.sep}", "")
 
 
 def combined(parts):
@@ -208,11 +217,19 @@ def p_value(differences):
 
 
 def read(folder):
-    """{row: {seed: result}} of all finished runs."""
+    """{row: {seed: result}} of all finished runs. Raises data.InputError for a file that is no result, and without the baseline."""
     found = {}
     for file in sorted(Path(folder).glob("*/seed*.json")):
-        result = json.loads(file.read_text())
-        found.setdefault(result["row"], {})[result["seed"]] = result
+        try:
+            result = json.loads(file.read_text(encoding="utf-8"))
+            [result[name] for name in ("mean", "domains", "further", "parameters")]
+            found.setdefault(result["row"], {})[result["seed"]] = result
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise data.InputError(f"{file} is no result of a run ({type(error).__name__}: {error}): delete it, and train its row "
+                                  "again") from None
+    if BASELINE not in found:
+        raise data.InputError(f"--results {folder} holds no result of {BASELINE}, which the tables compare with: train that row, "
+                              "or give another folder")
     return found
 
 
@@ -339,10 +356,10 @@ def tables(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Trains the rows of the ablation that are missing, or writes the tables.")
+    parser = evaluate.Parser(description="Trains the rows of the ablation that are missing, or writes the tables.")
     parser.add_argument("--data", help="data folder of all rows")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="only these")
-    parser.add_argument("--seeds", type=int, help="at most so many seeds of each row")
+    parser.add_argument("--seeds", type=positive, help="at most so many seeds of each row")
     parser.add_argument("--results", type=Path, default=RESULTS, help="(default: %(default)s)")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of logs and checkpoints (default: %(default)s)")
     parser.add_argument("--at-once", type=int, choices=(1, 2), default=2, help="runs at the same time (default: 2)")
@@ -350,12 +367,17 @@ def main():
                         help="write the tables into this file, between its marks, and train nothing")
     options = parser.parse_args()
     if options.tables:
-        text = options.tables.read_text() if options.tables.is_file() else ""
-        if "<!-- ablation -->\n" not in text or "<!-- end of ablation -->" not in text:
-            parser.error(f"--tables {options.tables} must be a file with the lines <!-- ablation --> and <!-- end of ablation -->")
-        before, rest = text.split("<!-- ablation -->\n", 1)
-        after = rest[rest.index("<!-- end of ablation -->"):]
-        options.tables.write_text(f"{before}<!-- ablation -->\n{tables(read(options.results))}{after}")
+        text = options.tables.read_text(encoding="utf-8", errors="surrogateescape") if options.tables.is_file() else ""
+        before, _, rest = text.partition("<!-- ablation -->\n")
+        _, end, after = rest.partition("<!-- end of ablation -->")
+        if not end:
+            parser.error(f"--tables {options.tables} must be a file with the lines <!-- ablation --> and <!-- end of ablation -->: "
+                         "give one")
+        try:
+            text = f"{before}<!-- ablation -->\n{tables(read(options.results))}{end}{after}"
+        except data.InputError as error:
+            parser.exit(2, f"{parser.prog}: {error}\n")
+        options.tables.write_text(text, encoding="utf-8", errors="surrogateescape")
         return
     if not options.data:
         parser.error("--data is missing: give the folder that the rows are trained on")
@@ -364,12 +386,31 @@ def main():
     try:
         grid = Grid(options)
     except data.InputError as error:
-        parser.exit(2, f"ablation.py: {error}\n")
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    for name in ("results", "runs"):
+        folder = getattr(options, name)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--{name} {folder} cannot be made ({error.strerror}): give another folder")
     jobs = [(row, seed) for row in options.rows for seed in range(min(ROWS[row][0], options.seeds or MAIN))]
     jobs.sort(key=lambda job: (ROWS[job[0]][0] != MAIN, job[1]))                    # seed by seed, the main rows first
+    failed = []
+
+    def run(row, seed):
+        try:
+            if not failed:                                           # what has not begun when a run fails is not begun at all
+                grid.run(row, seed)
+        except BaseException as error:
+            failed.append(error)
+            if failed[0] is error and isinstance(error, data.InputError):     # said at once: what runs beside it may take hours
+                print(f"{parser.prog}: {error}", file=sys.stderr, flush=True)
+
     with ThreadPoolExecutor(options.at_once) as pool:
-        for job in [pool.submit(grid.run, *job) for job in jobs]:
-            job.result()
+        for job in jobs:
+            pool.submit(run, *job)
+    if failed:
+        raise SystemExit(2) if isinstance(failed[0], data.InputError) else failed[0]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Work is counted in products of all: m / D for the first coordinates, and for the
 for each query, what gathering and multiplying takes here. Above 1 the whole product is faster.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -22,14 +21,16 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
+from checks import output, positive  # noqa: E402
 from kernels import cosine_topk  # noqa: E402
+from step_overhead import machine  # noqa: E402
 
-GROUP, BLOCK = 16, 256
+GROUP, BLOCK, TURN = 16, 256, 32
 
 
 def cost_of_gathering(index):
     """Processor time of a row gathered and multiplied for one query, in that of a row in a product; median of 9 turns."""
-    queries, chosen = index[:512], torch.randint(0, len(index) // GROUP, (32, 50), generator=torch.Generator().manual_seed(0))
+    queries, chosen = index[:512], torch.randint(0, len(index) // GROUP, (TURN, 50), generator=torch.Generator().manual_seed(0))
     rows = (chosen[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)
     tile, ratios = torch.empty(len(index), len(queries)), []
     for _ in range(9):
@@ -38,25 +39,39 @@ def cost_of_gathering(index):
         product = (time.process_time() - started) / tile.numel()
         started = time.process_time()
         for _ in range(20):
-            queries[:32, None] @ index.index_select(0, rows.flatten()).view(*rows.shape, -1).mT
+            queries[:TURN, None] @ index.index_select(0, rows.flatten()).view(*rows.shape, -1).mT
         ratios.append((time.process_time() - started) / (20 * rows.numel()) / product)
     return statistics.median(ratios)
 
 
-@torch.inference_mode()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = evaluate.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--k", type=int, default=6)
-    parser.add_argument("--out", default=str(ROOT / "results" / "principal_axes.json"))
+    parser.add_argument("--k", type=positive, default=6)
+    parser.add_argument("--out", type=output, default=str(ROOT / "results" / "principal_axes.json"))
     options = parser.parse_args()
-    model, checkpoint = evaluate.load_checkpoint(options.checkpoint)
+    try:
+        measure(options)
+    except data.InputError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+@torch.inference_mode()
+def measure(options):
+    of, (model, checkpoint) = machine("cpu"), evaluate.load_checkpoint(options.checkpoint)
+    if checkpoint.get("embedding", "student") != "student":
+        raise data.InputError(f"checkpoint {options.checkpoint} has no trained student: give that of a run which trained one")
     preprocessing, size = checkpoint["preprocessing"], checkpoint["architecture"]["backbone"]["image_size"]
     sets = evaluate.open_sets(data.Benchmark(options.data), "test", size, antialias=preprocessing["antialias"])
+    size = sum(len(part.index) for part in sets.values()) // GROUP * GROUP
+    if size < TURN:
+        raise data.InputError(f"--data {options.data} has an index of {size} images, in groups of {GROUP}: give {TURN} or more")
+    if options.k > size:
+        raise data.InputError(f"--k is {options.k} with an index of {size} images, in groups of {GROUP}: give that or less")
     embed = lambda images: evaluate.embed(model.embed, images, preprocessing["mean"], preprocessing["std"], "cpu")
     index = torch.cat([embed(part.index) for part in sets.values()])
-    index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[:len(index) // GROUP * GROUP]]
+    index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[:size]]
     queries = index[::max(1, len(index) // 2048)][:2048]
     width = index.shape[1]
 
@@ -82,6 +97,7 @@ def main():
         print(rows[-1])
     evaluate.write_json(options.out, {
         "command": f"python benchmarks/principal_axes.py CHECKPOINT --data {Path(options.data).name} --k {options.k}",
+        "checkpoint": options.checkpoint, "machine": of, "threads": torch.get_num_threads(), "torch": torch.__version__,
         "index": len(index), "queries": len(queries), "width": width, "k": options.k,
         "cost_of_gathering": round(gathering, 1), "date": time.strftime("%Y-%m-%d"), "rows": rows})
 

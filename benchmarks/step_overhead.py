@@ -6,8 +6,6 @@ Both run in one process, step by step in turn, so that a change of the machine's
 pair. A step is all of udon.training_step but the loading of images: normalisation, forward, losses, backward, AdamW, sampler.
 """
 
-import argparse
-import json
 import os
 import platform
 import statistics
@@ -20,7 +18,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import data  # noqa: E402
+import evaluate  # noqa: E402
 import udon  # noqa: E402
+from checks import output, positive  # noqa: E402
 from sampler import DomainSampler  # noqa: E402
 
 CLASSES = {f"domain{i}": count for i, count in enumerate((61, 118, 60, 49, 185, 973, 145, 59))}      # as in eight real domains
@@ -62,18 +63,22 @@ def steps(method, options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="s16")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=24)
-    parser.add_argument("--device", default=udon.evaluate.default_device())
-    parser.add_argument("--out", default=str(ROOT / "results" / "step_overhead.json"))
+    parser = evaluate.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=udon.SIZES, default="s16")
+    parser.add_argument("--image-size", type=positive, default=224)
+    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--pairs", type=positive, default=24)
+    parser.add_argument("--device", default=evaluate.default_device())
+    parser.add_argument("--out", type=output, default=str(ROOT / "results" / "step_overhead.json"))
     options = parser.parse_args()
     torch.manual_seed(0)
-    ours, theirs = steps("udon", options), steps("usc", options)
-    for _ in range(3):
-        next(ours), next(theirs)
+    try:
+        evaluate.check_device(options.device)
+        ours, theirs = steps("udon", options), steps("usc", options)
+        for _ in range(3):
+            next(ours), next(theirs)
+    except data.InputError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     pairs = []
     for i in range(options.pairs):                                           # who goes first changes from pair to pair
         order = (ours, theirs) if i % 2 == 0 else (theirs, ours)
@@ -86,7 +91,7 @@ def main():
               "udon_ms": round(1e3 * statistics.median(a for a, _ in pairs), 1),
               "usc_ms": round(1e3 * statistics.median(b for _, b in pairs), 1),
               "ratios": [round(a / b, 4) for a, b in pairs]}
-    Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    evaluate.write_json(options.out, result)
     print(f"udon {result['udon_ms']} ms, usc {result['usc_ms']} ms a step, ratio {ratio:.3f} (median of {len(pairs)} pairs); "
           f"{result['machine']}")
 

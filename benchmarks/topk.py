@@ -15,9 +15,11 @@ import csv
 import gc
 import importlib.metadata
 import importlib.util
+import io
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -29,14 +31,30 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from checks import output, positive  # noqa: E402
+
 CASES = ("4096x200000x64", "4096x200000x64 clustered", "4096x200000x64 sorted", "4096x200000x64 copies", "4096x200000x64 equal",
-         "4096x200000x256", "1024x1400000x64", "1x300x64", "1x200000x64", "300x300x64")
+         "4096x200000x256", "4096x1400000x64", "1x300x64", "1x200000x64", "300x300x64", "100x20000x64")
+KINDS = ("random", "clustered", "sorted", "copies", "equal")
 CONTENDERS = ("product", "ours", "faiss", "torch", "torch, tiles", "numpy", "scikit-learn", "usearch")
 MODULES = {"faiss": "faiss", "scikit-learn": "sklearn", "usearch": "usearch"}
 PACKAGES = {"faiss": "faiss-cpu", "sklearn": "scikit-learn", "usearch": "usearch", "numpy": "numpy", "torch": "torch"}
 SLOW = {"usearch": 2**25, "scikit-learn": 2**30, "numpy": 2**30}               # pairs, above which a contender is left out
 AT_LEAST = 0.1                                                                 # seconds of a measurement: short calls are repeated
 BLOCK, SLAB = 512, 1024                                                        # queries, index rows of a tile
+COLUMNS = ("case", "k", "threads", "contender", "cpu_ms", "wall_ms", "to_product", "extra_mb", "same_rows_percent", "rounds",
+           "machine", "versions", "date")
+
+
+class Died(RuntimeError):
+    """The process of a contender has ended; the message is one sentence."""
+
+
+def a_case(text):
+    if not re.fullmatch(rf"[1-9]\d*x[1-9]\d*x[1-9]\d*( ({'|'.join(KINDS)}))?", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not QxGxD or 'QxGxD KIND' with whole numbers above 0 and a KIND of "
+                                         f"{', '.join(KINDS)}: give one")
+    return text
 
 
 def unit_vectors(queries, index, width, kind):
@@ -122,8 +140,32 @@ def contender(name, queries, index, k):
     return lambda: usearch.index.search(b, a, k, usearch.index.MetricKind.IP, exact=True, threads=torch.get_num_threads()).keys
 
 
+def start(*arguments):
+    """A contender's process. Why it cannot go on is sent as text."""
+    try:
+        serve(*arguments)
+    except Exception as error:
+        arguments[-1].send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+
+def ask(name, case, worker, message=None):
+    """The next answer of a contender, to a message or to being started. Raises Died."""
+    process, pipe, _ = worker
+    try:
+        if message:
+            pipe.send(message)
+        answer = pipe.recv()
+    except (EOFError, OSError):                                                # killed, for its memory for example
+        process.join()
+        answer = f"exit status {process.exitcode}"
+    if isinstance(answer, str):
+        raise Died(f"the process of {name} died in case {case} ({answer}): give a smaller case, or leave {name} out by "
+                   "--contenders")
+    return answer
+
+
 def serve(name, case, k, threads, pipe):
-    """A contender's process: answers each message by (processor seconds, wall seconds) of a call, and the last by rows, memory."""
+    """Answers each message by (processor seconds, wall seconds) of a call, and the last by rows, memory."""
     import torch
     torch.set_num_threads(threads)
     shape, _, kind = case.partition(" ")
@@ -154,20 +196,15 @@ def measure(case, options, contenders):
     try:
         for name in contenders:
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(name, case, options.k, options.threads, theirs), daemon=True)
+            process = context.Process(target=start, args=(name, case, options.k, options.threads, theirs), daemon=True)
             process.start()
             theirs.close()
-            ours.recv()                                                        # ready: one after another, or they would crowd
             workers[name] = process, ours, []
+            ask(name, case, workers[name])                                     # ready: one after another, or they would crowd
         for turn in range(options.rounds):
             for name in contenders[turn % len(contenders):] + contenders[:turn % len(contenders)]:
-                _, pipe, taken = workers[name]
-                pipe.send("go")
-                taken.append(pipe.recv())
-        ends = {}
-        for name, (_, pipe, _) in workers.items():
-            pipe.send("end")
-            ends[name] = pipe.recv()
+                workers[name][2].append(ask(name, case, workers[name], "go"))
+        ends = {name: ask(name, case, worker, "end") for name, worker in workers.items()}
     finally:
         for process, *_ in workers.values():
             process.terminate()
@@ -200,20 +237,32 @@ def versions():
                      if importlib.util.find_spec(module))
 
 
-def written(file):
-    """The rows of a CSV file, none if there is none."""
-    if not file.exists():
+def written(path):
+    """The rows of a CSV file, none if there is none. Raises ValueError for a file that `write` did not write."""
+    if not path.exists():
         return []
-    with open(file, newline="") as lines:
-        return list(csv.DictReader(lines))
+    with open(path, newline="", encoding="utf-8") as lines:
+        try:
+            rows = list(csv.DictReader(lines, strict=True))
+        except (csv.Error, UnicodeDecodeError):
+            rows = [{}]
+    if not all(tuple(row) == COLUMNS and None not in row.values() for row in rows):
+        raise ValueError(f"--out {path} is not a table of this program, whose columns are {', '.join(COLUMNS)}: give another file")
+    return rows
 
 
-def write(file, rows):
-    with open(file.with_suffix(".partial"), "w", newline="") as lines:
-        table = csv.DictWriter(lines, rows[0])
-        table.writeheader()
-        table.writerows(rows)
-    os.replace(file.with_suffix(".partial"), file)
+def write(path, rows):
+    """Writes all of the file or nothing."""
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, COLUMNS)
+    table.writeheader()
+    table.writerows(rows)
+    partial = Path(f"{path}.partial")
+    try:
+        partial.write_text(text.getvalue(), encoding="utf-8", newline="")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def table(rows):
@@ -233,31 +282,48 @@ def table(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", default=CASES, metavar="QxGxD[ KIND]",
-                        help="KIND: random (default), clustered, sorted, copies, equal; quote the two together")
-    parser.add_argument("--k", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9)
+    import evaluate                                                            # here: the contenders' processes need none of it
+    parser = evaluate.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", type=a_case, default=CASES, metavar="QxGxD[ KIND]",
+                        help=f"KIND: {', '.join(KINDS)} (default: random); quote the two together")
+    parser.add_argument("--k", type=positive, default=6)
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS[2:], metavar="NAME",
                         help=f"besides product and ours, of {', '.join(CONTENDERS[2:])} (default: all that are installed)")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "topk.csv")
+    parser.add_argument("--out", type=output, default=str(ROOT / "results" / "topk.csv"))
     parser.add_argument("--table", type=Path, metavar="README",
                         help="write the table into this file, between its marks, and measure nothing")
     options = parser.parse_args()
+    try:
+        rows = written(options.out)
+    except ValueError as error:
+        parser.error(str(error))
     if options.table:
-        text = options.table.read_text() if options.table.is_file() else ""
-        if "<!-- topk -->\n" not in text or "<!-- end of topk -->" not in text:
+        text = options.table.read_text(encoding="utf-8", errors="surrogateescape") if options.table.is_file() else ""
+        before, _, rest = text.partition("<!-- topk -->\n")
+        _, end, after = rest.partition("<!-- end of topk -->")
+        if not end:
             parser.error(f"--table {options.table} must be a file with the lines <!-- topk --> and <!-- end of topk -->: give one")
-        before, rest = text.split("<!-- topk -->\n", 1)
-        after = rest[rest.index("<!-- end of topk -->"):]
-        options.table.write_text(f"{before}<!-- topk -->\n{table(written(options.out))}{after}")
+        if not rows:
+            parser.error(f"--out {options.out} holds no rows to make a table of: measure first, or give another file")
+        text = f"{before}<!-- topk -->\n{table(rows)}{end}{after}"
+        options.table.write_text(text, encoding="utf-8", errors="surrogateescape")
         return
+    for case in options.cases:
+        if options.k > (index := int(case.split("x")[1])):
+            parser.error(f"--k {options.k} is above the {index} rows of the index of case {case}: give that or less")
+    for name in options.contenders or ():
+        if name in MODULES and not importlib.util.find_spec(MODULES[name]):
+            parser.error(f"--contenders {name} is not installed: pip install {PACKAGES[MODULES[name]]}, or leave it out")
     os.environ["OMP_NUM_THREADS"] = str(options.threads)                       # of the processes to be started
     installed = [name for name in CONTENDERS if name not in MODULES or importlib.util.find_spec(MODULES[name])]
-    contenders = ["product", "ours", *options.contenders] if options.contenders else installed
+    contenders = ["product", "ours", *dict.fromkeys(options.contenders)] if options.contenders else installed
     for case in options.cases:
-        measured = measure(case, options, contenders)
+        try:
+            measured = measure(case, options, contenders)
+        except Died as error:
+            parser.exit(2, f"{parser.prog}: {error}\n")
         kept = [row for row in written(options.out)
                 if (row["case"], row["k"], row["threads"]) != (case, str(options.k), str(options.threads))]
         write(options.out, kept + measured)

@@ -8,7 +8,6 @@ The others get rows already normalised, and return neither exact scores nor ties
 inputs read once, whichever takes longer at the figures of PEAKS; GB/s counts the same bytes.
 """
 
-import argparse
 import csv
 import importlib.util
 import statistics
@@ -22,6 +21,8 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import evaluate  # noqa: E402
+from checks import output, positive  # noqa: E402
 from kernels import cosine_topk  # noqa: E402
 
 PEAKS = {                      # dense TFLOP/s in tf32 and in the 16-bit types, TB/s; as in kernels/README.md
@@ -30,12 +31,6 @@ PEAKS = {                      # dense TFLOP/s in tf32 and in the 16-bit types, 
     "MI300X": (653.7, 1307.4, 5.3),
 }
 SCORES = 2**30                 # of torch's blocks: 4 GB in float32
-
-
-def positive(text):
-    if not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def contenders(queries, index, k):
@@ -77,12 +72,14 @@ def milliseconds(search):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = evaluate.Parser(description=__doc__.splitlines()[0])
     for name, default in (("queries", 16384), ("index", 10**6), ("dim", 64), ("k", 10), ("rounds", 20)):
         parser.add_argument(f"--{name}", type=positive, default=default)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    parser.add_argument("--out", default=str(ROOT / "results" / "topk_gpu.csv"))
+    parser.add_argument("--out", type=output, default=str(ROOT / "results" / "topk_gpu.csv"))
     options = parser.parse_args()
+    if options.k > options.index:
+        parser.error(f"--k {options.k} is above --index {options.index}: give that or less")
     if not torch.cuda.is_available():
         print(f"torch {torch.__version__} finds no GPU, and this measures one: run it where torch.cuda.is_available() is True.",
               file=sys.stderr)

@@ -8,7 +8,6 @@ thread, by calling it again with the search's results at hand, in processor time
 queries go through a Python loop over queries too, the usual way to compute these metrics, which must say the same of each.
 """
 
-import argparse
 import platform
 import resource
 import statistics
@@ -24,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
+from checks import natural, output, positive  # noqa: E402
 from step_overhead import machine  # noqa: E402
 
 UNED = {"food2k": (9_979, 9_979), "cars": (8_131, 8_131), "sop": (60_502, 60_502), "inshop": (14_218, 12_612),     # of the test
@@ -81,13 +81,13 @@ def loop(queries, index, exclude, neighbours, some):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--queries", type=int, default=QUERIES)
-    parser.add_argument("--index", type=int, default=INDEX)
-    parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--looped", type=int, default=2000, help="queries that go through the loop too (default: %(default)s)")
-    parser.add_argument("--out", default=str(ROOT / "results" / "uned_size.json"))
+    parser = evaluate.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--queries", type=positive, default=QUERIES)
+    parser.add_argument("--index", type=positive, default=INDEX)
+    parser.add_argument("--dim", type=positive, default=64)
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--looped", type=positive, default=2000, help="queries that go through the loop too (default: %(default)s)")
+    parser.add_argument("--out", type=output, default=str(ROOT / "results" / "uned_size.json"))
     options = parser.parse_args()
     of, threads = machine("cpu"), torch.get_num_threads()
     queries, index, exclude = made_up(options.queries, options.index, options.dim, options.seed)

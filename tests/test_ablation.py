@@ -120,6 +120,8 @@ def test_a_grid_that_stops_and_goes_on(uned, tmp_path, monkeypatch, capsys):
     assert result["config"]["seed"] == 1 and set(result["further"]) == {"student-separate", "teacher-separate", "backbone-merged"}
     assert str(uned) not in json.dumps(result) and result["config"]["data"] == uned.name
     assert result["images"] == {"birds": 12, "cars": 12} and result["version"] and result["cpu_seconds"] > 0
+    distilled = json.loads((tmp_path / "results" / "distill-8" / "seed0.json").read_text())
+    assert distilled["command"].endswith(f"--teachers {tmp_path / 'runs' / 'specialists-256' / 'seed0'}")
     specialists = json.loads((tmp_path / "results" / "specialists-256" / "seed0.json").read_text())
     assert specialists["images"] == {"birds": 12, "cars": 12} and set(specialists["domains"]) == {"birds", "cars"}
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
@@ -130,3 +132,28 @@ def test_a_grid_that_stops_and_goes_on(uned, tmp_path, monkeypatch, capsys):
     assert json.loads(lost.read_text()) == contents
     after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
     assert all(after[p] == before[p] for p in before if p.suffix == ".pt"), "nothing was trained again"
+
+
+@pytest.mark.parametrize("at_once", (1, 2))
+def test_a_run_that_fails_stops_the_others(uned, tmp_path, monkeypatch, capsys, at_once):
+    """What has not begun is not begun; one sentence names the log; no result is written."""
+    monkeypatch.setattr(ablation, "ROWS", {f"row{i}": (1, "--method usc", None) for i in range(9)})
+    begun = []
+    monkeypatch.setattr(ablation.subprocess, "call", lambda command, **_: begun.append(command) or 3)
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--data", str(uned), "--results", str(tmp_path / "results"), "--runs",
+                                      str(tmp_path / "runs"), "--at-once", str(at_once), "--rows", *ablation.ROWS])
+    with pytest.raises(SystemExit) as end:
+        ablation.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and 1 <= len(begun) <= at_once
+    assert said.count("\n") == 1 and "ended with status 3" in said and "seed0.log" in said
+    assert not list((tmp_path / "results").rglob("*.json"))
+
+
+def test_a_command_names_its_teachers(uned):
+    """Without the folders of this machine."""
+    grid = ablation.Grid(argparse.Namespace(data=str(uned), runs=ablation.RUNS, results=ablation.RESULTS))
+    of = {row: ablation.relative(" ".join(map(str, grid.command(row, 2))), grid.options.data) for row in ("distill-8", "distill-1")}
+    assert of["distill-8"].startswith(f"--data {uned.name} --seed 2 --workers 0 --method distill")
+    assert of["distill-8"].endswith("--teachers runs/ablation/specialists-256/seed2")
+    assert of["distill-1"].endswith("--teachers runs/ablation/teachers/seed2/best.pt")

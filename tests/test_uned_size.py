@@ -54,3 +54,10 @@ def test_a_wrong_metric_stops_it(monkeypatch, tmp_path):
     with pytest.raises(AssertionError):
         run(monkeypatch, tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()
+
+
+def test_the_smallest_run(monkeypatch, tmp_path):
+    options = "--queries 1 --index 1 --dim 1 --looped 1 --out".split()
+    monkeypatch.setattr(sys, "argv", ["uned_size.py", *options, str(tmp_path / "o")])
+    uned_size.main()
+    assert json.loads((tmp_path / "o").read_text())["queries_equal_to_loop"] == 1
