@@ -285,11 +285,23 @@ def ratio_or_nothing(ratio):
     return "" if math.isnan(ratio) else f"{ratio:.2f}"
 
 
+TRIED = {                      # not kept: row -> what it was, and the row that it changed
+    "paper-relative": ("as published, sampler signal: the teacher's loss / ln C", "udon-paper"),
+    "dynamic-relative": ("dynamic sampler, signal: the teacher's loss / ln C", "udon"),
+    "decoupled-logit": ("decoupled logit distillation (arXiv:2203.08679), target + 2 x others", "udon"),
+    "relational-memory": ("relations to the domain's last 256 embeddings too", "udon"),
+    "mean-teacher": ("teachers from a running mean of the network, decay 0.99", "udon"),
+}
+
+
+def pick(metric):
+    return lambda result: result["mean"][metric]
+
+
 def line(results, row):
     """One row of a table of systems."""
     runs = results[row]
     first = first_of(runs)
-    pick = lambda metric: lambda result: result["mean"][metric]
     metrics = [shown(list(map(pick(metric), runs.values()))) for metric in METRICS]
     gains = [difference(results, row, BASELINE, pick(metric)) for metric in METRICS]
     ratio = "" if row == "backbone" else ratio_or_nothing(time_to(results, row, BASELINE))
@@ -311,7 +323,7 @@ def tables(results):
              "|---" * (3 * len(compared) + 1) + "|"]
     for other in (row for row in SYSTEMS if row in results and row not in ("udon", "backbone")):
         cells = [cell for row in compared for cell in (
-            *(difference(results, row, other, lambda result: result["mean"][metric]) for metric in METRICS),
+            *(difference(results, row, other, pick(metric)) for metric in METRICS),
             "" if row == other else ratio_or_nothing(time_to(results, row, other)))]
         text.append(f"| {LABELS[other]} | " + " | ".join(cells) + " |")
     others = [row for row in ROWS if row in results and row not in SYSTEMS and not row.startswith(("specialists", "teachers"))]
@@ -319,8 +331,14 @@ def tables(results):
         text += ["", "Variations:", "", HEADING, *(line(results, row) for row in others)]
     tried = sorted(results.keys() - ROWS.keys())
     if tried:
-        text += ["", "Tried and not kept, with the code of the version that their results name:", "", HEADING,
-                 *(line(results, row) for row in tried)]
+        text += ["", "Tried and not kept, with the code of the version that their results name, and their difference to the row changed:",
+                 "", "| tried | row changed | R@1 | mMP@5 | val R@1 − row | R@1 − row | mMP@5 − row | n |", "|---" * 8 + "|"]
+    for row in tried:
+        label, base = TRIED.get(row, (f"`{row}`", "udon"))
+        picks = (lambda result: result["val_recall_at_1"], *map(pick, METRICS))
+        cells = [shown(list(map(pick(metric), results[row].values()))) for metric in METRICS]
+        cells += [difference(results, row, base, of) for of in picks]
+        text.append(f"| {label} | {LABELS[base].replace('*', '')} | {' | '.join(cells)} | {len(results[row])} |")
     oracle = [("specialists-64", None, "8 specialists, 64-d"),
               ("specialists-256", None, "8 specialists, 256-d: 8 separate teachers"),
               ("specialists-256-twice", None, "the same, trained twice as long"),
