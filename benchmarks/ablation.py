@@ -331,7 +331,7 @@ def tables(results):
         text += ["", "Variations:", "", HEADING, *(line(results, row) for row in others)]
     tried = sorted(results.keys() - ROWS.keys())
     if tried:
-        text += ["", "Tried and not kept, with the code of the version that the results name, and the difference to the row changed:",
+        text += ["", "Tried and not kept, by the version that the results name, and the difference to the row changed:",
                  "", "| tried | row changed | R@1 | mMP@5 | val R@1 − row | R@1 − row | mMP@5 − row | n |", "|---" * 8 + "|"]
     for row in tried:
         label, base = TRIED.get(row, (f"`{row}`", "udon"))
