@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import udon  # noqa: E402
-from checks import positive  # noqa: E402
+from shared import fill, positive  # noqa: E402
 
 RESULTS, RUNS = ROOT / "results" / "ablation", ROOT / "runs" / "ablation"
 MAIN, SHORT = 5, 3                                                # seeds of a main row and of the others
@@ -385,17 +385,12 @@ def main():
                         help="write the tables into this file, between its marks, and train nothing")
     options = parser.parse_args()
     if options.tables:
-        text = options.tables.read_text(encoding="utf-8", errors="surrogateescape") if options.tables.is_file() else ""
-        before, _, rest = text.partition("<!-- ablation -->\n")
-        _, end, after = rest.partition("<!-- end of ablation -->")
-        if not end:
-            parser.error(f"--tables {options.tables} must be a file with the lines <!-- ablation --> and <!-- end of ablation -->: "
-                         "give one")
         try:
-            text = f"{before}<!-- ablation -->\n{tables(read(options.results))}{end}{after}"
+            fill(options.tables, "ablation", lambda: tables(read(options.results)))
         except data.InputError as error:
             parser.exit(2, f"{parser.prog}: {error}\n")
-        options.tables.write_text(text, encoding="utf-8", errors="surrogateescape")
+        except ValueError as error:
+            parser.error(f"--tables {error}")
         return
     if not options.data:
         parser.error("--data is missing: give the folder that the rows are trained on")

@@ -7,7 +7,6 @@ pair. A step is all of udon.training_step but the loading of images: normalisati
 """
 
 import os
-import platform
 import statistics
 import sys
 import time
@@ -21,19 +20,14 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import udon  # noqa: E402
-from checks import output, positive  # noqa: E402
+from shared import output, positive, processor  # noqa: E402
 from sampler import DomainSampler  # noqa: E402
 
 CLASSES = {f"domain{i}": count for i, count in enumerate((61, 118, 60, 49, 185, 973, 145, 59))}      # as in eight real domains
 
 
 def machine(device):
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
     return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} processors, torch {torch.__version__}"
 
 

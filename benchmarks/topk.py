@@ -18,7 +18,6 @@ import importlib.util
 import io
 import multiprocessing
 import os
-import platform
 import re
 import resource
 import statistics
@@ -31,7 +30,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from checks import output, positive  # noqa: E402
+from shared import fill, output, positive, processor  # noqa: E402
 
 CASES = ("4096x200000x64", "4096x200000x64 clustered", "4096x200000x64 sorted", "4096x200000x64 copies", "4096x200000x64 equal",
          "4096x200000x256", "4096x1400000x64", "1x300x64", "1x200000x64", "300x300x64", "100x20000x64")
@@ -218,18 +217,10 @@ def measure(case, options, contenders):
                       "wall_ms": f"{1e3 * statistics.median(wall for _, wall in taken):.4g}",
                       "to_product": f"{ratio:.3f}",
                       "extra_mb": f"{peak / 1e6:.0f}", "same_rows_percent": equal, "rounds": options.rounds,
-                      "machine": machine(), "versions": versions(), "date": time.strftime("%Y-%m-%d")})
+                      "machine": f"{processor()}, {os.cpu_count()} processors", "versions": versions(), "date": time.strftime("%Y-%m-%d")})
         print(f"{case:28}{name:14}{lines[-1]['cpu_ms']:>10} ms{lines[-1]['wall_ms']:>10} ms wall{lines[-1]['to_product']:>9}"
               f"{lines[-1]['extra_mb']:>7} MB{equal:>8}", flush=True)
     return lines
-
-
-def machine():
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} processors"
 
 
 def versions():
@@ -300,15 +291,12 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     if options.table:
-        text = options.table.read_text(encoding="utf-8", errors="surrogateescape") if options.table.is_file() else ""
-        before, _, rest = text.partition("<!-- topk -->\n")
-        _, end, after = rest.partition("<!-- end of topk -->")
-        if not end:
-            parser.error(f"--table {options.table} must be a file with the lines <!-- topk --> and <!-- end of topk -->: give one")
         if not rows:
             parser.error(f"--out {options.out} holds no rows to make a table of: measure first, or give another file")
-        text = f"{before}<!-- topk -->\n{table(rows)}{end}{after}"
-        options.table.write_text(text, encoding="utf-8", errors="surrogateescape")
+        try:
+            fill(options.table, "topk", lambda: table(rows))
+        except ValueError as error:
+            parser.error(f"--table {error}")
         return
     for case in options.cases:
         if options.k > (index := int(case.split("x")[1])):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
-from checks import output, positive  # noqa: E402
+from shared import output, positive  # noqa: E402
 from kernels import cosine_topk  # noqa: E402
 
 PEAKS = {                      # dense TFLOP/s in tf32 and in the 16-bit types, TB/s; as in kernels/README.md
