@@ -34,7 +34,7 @@ def processor():
 
 
 def fill(path, name, table):
-    """Writes what table() returns between the lines <!-- name --> and <!-- end of name --> of a file. ValueError where they lack."""
+    """Writes what table() returns between the lines <!-- name --> and <!-- end of name --> of a file. ValueError without them."""
     text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""
     before, begin, rest = text.partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- end of {name} -->")

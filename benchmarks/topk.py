@@ -217,7 +217,8 @@ def measure(case, options, contenders):
                       "wall_ms": f"{1e3 * statistics.median(wall for _, wall in taken):.4g}",
                       "to_product": f"{ratio:.3f}",
                       "extra_mb": f"{peak / 1e6:.0f}", "same_rows_percent": equal, "rounds": options.rounds,
-                      "machine": f"{processor()}, {os.cpu_count()} processors", "versions": versions(), "date": time.strftime("%Y-%m-%d")})
+                      "machine": f"{processor()}, {os.cpu_count()} processors", "versions": versions(),
+                      "date": time.strftime("%Y-%m-%d")})
         print(f"{case:28}{name:14}{lines[-1]['cpu_ms']:>10} ms{lines[-1]['wall_ms']:>10} ms wall{lines[-1]['to_product']:>9}"
               f"{lines[-1]['extra_mb']:>7} MB{equal:>8}", flush=True)
     return lines
