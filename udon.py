@@ -95,6 +95,8 @@ class Config:
     classification: str = option("normface", "classification loss of students and teachers (paper: normface)",
                                  ("normface", "cosface", "arcface"))
     margin: float = option(0.0, "of cosface, in cosine units, or arcface, in radians")
+    scale: float = option(16.0, "of the cosines in the classification losses (official: 16)")
+    temperature: float = option(0.1, "of logit distillation, the student's and the teacher's (official: 0.1)")
     weights: tuple[float, float, float, float] = option((1.0, 1.0, 1.0, 1.0), "of the losses: teacher classification, student "
                                                         "classification, logit and relational distillation (paper: all 1)")
     relational_scale: float = option(32.0, "of the relational distillation loss (official: 32 at batch 128)")
@@ -127,8 +129,9 @@ class Config:
             raise data.InputError(f"--min-area is {self.min_area}: it must be above 0, and 1 or less")
         if self.seed >= 2**63:
             raise data.InputError(f"--seed is {self.seed}: it must be below 2^63")
-        if not 0 < self.epochs < math.inf:
-            raise data.InputError(f"--epochs is {self.epochs}: it must be above 0")
+        for name in ("epochs", "scale", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise data.InputError(f"{flag(name)} is {getattr(self, name)}: it must be a finite number above 0")
         if min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf:
             raise data.InputError(f"--weights are {self.weights}: they must be 0 or more, and not all 0")
         if (self.negatives, self.method) in (("domain", "ujc"), ("all", "usc")):
@@ -181,7 +184,8 @@ class Losses(typing.NamedTuple):
 
 
 def compute_losses(model, images, labels, domain, *, weights=(1, 1, 1, 1), relational_scale=32.0, distill_into_backbone=False,
-                   classification="normface", margin=0.0, negatives="domain", domain_margin=0.0, teachers=None):
+                   classification="normface", margin=0.0, scale=16.0, temperature=0.1, negatives="domain", domain_margin=0.0,
+                   teachers=None):
     """The four losses of one batch, images (B, 3, H, W) and labels (B,) in 0..C-1, all of `domain`; -> Losses.
 
     total = the mean of the four, weighted by `weights` in the order of Losses' fields. Source: paper section 3.
@@ -199,10 +203,12 @@ def compute_losses(model, images, labels, domain, *, weights=(1, 1, 1, 1), relat
     if not distill_into_backbone:                                               # the same values, cut off from the backbone
         distilled = model.student_head(outputs.backbone.detach())
         distilled_cosines = model.student_classifiers[domain](distilled)
+    settings = dict(scale=scale, margin=margin, kind=classification)
     losses = (
-        teacher_classification(outputs, labels, margin=margin, kind=classification),
-        student_classification(model, outputs, labels, domain, negatives, domain_margin, margin=margin, kind=classification),
-        logit_distillation_loss(distilled_cosines, teacher_cosines),            # detaches the teacher
+        teacher_classification(outputs, labels, **settings),
+        student_classification(model, outputs, labels, domain, negatives, domain_margin, **settings),
+        logit_distillation_loss(distilled_cosines, teacher_cosines,             # detaches the teacher
+                                student_temperature=temperature, teacher_temperature=temperature),
         relational_distillation_loss(distilled, teacher, scale=relational_scale),
     )
     terms = [(weight, loss) for weight, loss in zip(weights, losses) if loss is not None]
@@ -221,11 +227,11 @@ def student_classification(model, outputs, labels, domain, negatives="domain", d
     return classification_loss(cosines, labels, **settings)
 
 
-def single_model_losses(model, images, labels, domain, *, classification="normface", margin=0.0, negatives="domain",
-                        domain_margin=0.0):
+def single_model_losses(model, images, labels, domain, *, classification="normface", margin=0.0, scale=16.0,
+                        negatives="domain", domain_margin=0.0):
     """The one loss of a baseline, no distillation: of the teachers where the model has some; else of the student, over the
     domain's classes (usc) or those of all domains (ujc); -> Losses."""
-    outputs, settings = model(images, domain), dict(margin=margin, kind=classification)
+    outputs, settings = model(images, domain), dict(scale=scale, margin=margin, kind=classification)
     if outputs.teacher is not None:
         loss = teacher_classification(outputs, labels, **settings)
         return Losses(loss, loss, None, None, None)
@@ -250,14 +256,13 @@ def training_step(step, model, batches, sampler, optimizer, config, run):
     model.backbone.requires_grad_(step >= run.frozen_steps)
 
     # 4  Backbone once -> student and the domain's teacher -> cosines with the domain's classifiers -> four losses.
+    settings = {name: getattr(config, name) for name in ("classification", "margin", "scale", "negatives", "domain_margin")}
     if config.method in ("udon", "distill"):
         losses = compute_losses(model, images, labels, domain, weights=config.weights, relational_scale=config.relational_scale,
-                                distill_into_backbone=config.distill_into_backbone, classification=config.classification,
-                                margin=config.margin, negatives=config.negatives, domain_margin=config.domain_margin,
-                                teachers=run.teachers)
+                                distill_into_backbone=config.distill_into_backbone, temperature=config.temperature,
+                                teachers=run.teachers, **settings)
     else:
-        losses = single_model_losses(model, images, labels, domain, classification=config.classification, margin=config.margin,
-                                     negatives=config.negatives, domain_margin=config.domain_margin)
+        losses = single_model_losses(model, images, labels, domain, **settings)
 
     # 5  A loss that is not finite stops the run before it reaches the weights.
     values = Losses(*(None if loss is None else loss.item() for loss in losses))

@@ -71,6 +71,22 @@ ROWS = {
     "micro-usc-rr": (SHORT, "--model micro --method usc", None),
     "micro-udon": (SHORT, "--model micro", None),
 }
+# One setting changed each, read on val: two seeds of each, of the default and of the published method.
+FEW = 2
+SETTINGS = {
+    "backbone-lr-1e-4": "--backbone-lr 1e-4", "backbone-lr-1e-3": "--backbone-lr 1e-3",
+    "head-lr-1e-3": "--head-lr 1e-3", "head-lr-1e-2": "--head-lr 1e-2",
+    "frozen-0": "--frozen-epochs 0", "frozen-2": "--frozen-epochs 2", "cosine": "--schedule cosine",
+    "scale-8": "--scale 8", "scale-32": "--scale 32",
+    "temperature-0.05": "--temperature 0.05", "temperature-0.2": "--temperature 0.2",
+    "relational-8": "--relational-scale 8", "relational-128": "--relational-scale 128",
+    "batch-32": "--batch-size 32", "batch-128": "--batch-size 128",
+    "domain-margin-0.1": "--domain-margin 0.1", "domain-margin-0.4": "--domain-margin 0.4",
+    "crops-0.3": "--min-area 0.3",
+    "paper-period-25": f"{PAPER} dynamic --period 25", "paper-period-400": f"{PAPER} dynamic --period 400",
+    "paper-scale-32": f"{PAPER} round_robin --scale 32",
+}
+ROWS |= {row: (FEW, options, None) for row, options in SETTINGS.items()}
 TIMES = {"specialists-256-twice": 2}
 
 
