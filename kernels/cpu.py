@@ -16,6 +16,7 @@ Copy with: the folder kernels/, torch, numpy.
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from kernels.reference import NOTHING, ONE
 # oneDNN's product by way of the operator that torch.compile emits for linear layers: on processors of AMD with AVX-512 twice as
 # fast as torch.mm, which is MKL's; elsewhere as fast at least.
 LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+least, most = np.minimum.reduce, np.maximum.reduce           # which a method's call is twice as long as, for a few values
 EMPTY = torch.empty(0, dtype=torch.float32)
 GROUP = 16                     # rows; also groups in a supergroup
 QUERY_BLOCK = 736              # queries of a tile: rows a power of two apart would crowd into the same places of the cache
@@ -37,49 +39,114 @@ MAXIMA = 3 * 2**17             # rows, of all threads' chunks together: 72 MB of
 NORMALISED = 2**23             # values, 32 MB: where the index must be normalised first, no more of it at a time
 STATE = 2**20                  # best groups of all queries that are on their way through the index together: 12 MB
 GATHERED = 2**18               # values, 1 MB: rows of the best groups, scored again; of one query up to 8 times more
-FEW = 2**16                    # values of all pairs: below, numpy's calls, cheaper than torch's, win
-SMALL = 2**13                  # pairs: below, the reference takes no longer
-DIRECT = 8192                  # rows: so few are not grouped, all are scored and the best taken
+FEW = 2**18                    # values of all pairs: up to these numpy's product takes no threads, and less to call than torch's
+DIRECT = 8192                  # rows: so few are not grouped
+SCORES = 2**18                 # float32 of them at a time, 1 MB
 SPARE = 2                      # groups kept more than k
 
 
-def few(queries, index, k, exclude=None):
-    """reference.result of a few float32 rows, all finite and none zero, by numpy in float64; None where they are not that, or where
-    float64's rounding noise leaves a doubt."""
-    if not (queries.dtype == index.dtype == torch.float32 and 0 < len(queries) * index.numel() <= FEW):
-        return None
-    a, b = queries.numpy().astype(np.float64), index.numpy().astype(np.float64)
-    norms = np.sqrt(np.einsum("ij,ij->i", a, a)[:, None] * np.einsum("ij,ij->i", b, b))            # (Q, G)
-    if not (norms.min() > 0 and norms.max() < np.inf):
-        return None
-    exact = (a @ b.T) * ONE / norms
-    scores = np.rint(exact)
-    if np.abs(exact - scores).max() > 0.5 - ONE * (2 * a.shape[1] + 16) * 2.0**-52:
-        return None
-    keys = (scores.astype(np.int64) << 32) + (2**32 - 1 - np.arange(len(b)))
-    if exclude is not None:
-        barred = np.flatnonzero(exclude.numpy() >= 0)
-        keys[barred, exclude.numpy()[barred]] = NOTHING
-    keys.partition(len(b) - k, axis=1)
-    keys = np.sort(keys[:, len(b) - k:])[:, ::-1]
-    return torch.from_numpy(((keys >> 32) / ONE).astype(np.float32)), torch.from_numpy(2**32 - 1 - (keys & (2**32 - 1)))
-
-
-def topk(queries, index, k, exclude=None):
-    keep, width = k + SPARE, queries.shape[1]
-    too_few = len(index) < 4 * keep or len(queries) * len(index) < SMALL
-    if too_few or not width or GROUP * keep * max(width, keep) > 8 * GATHERED:
-        return reference.topk(queries, index, k, exclude)
+@contextmanager
+def _single_threaded():
+    """Products of full precision on one thread each; yields how many there were."""
     threads, product = torch.get_num_threads(), torch.backends.mkldnn.matmul
     precision = product.fp32_precision
     try:
         torch.set_num_threads(1)
         product.fp32_precision = "ieee"
-        with ThreadPoolExecutor(threads) as workers:
-            return _topk(queries, index, k, exclude, threads, workers.map if threads > 1 else map)
+        yield threads
     finally:
         torch.set_num_threads(threads)
         product.fp32_precision = precision
+
+
+def few(queries, index, k, exclude=None):
+    """reference.result for few float32 pairs, none of whose steps need threads; None for others, and where _direct gives up."""
+    if not (queries.dtype == index.dtype == torch.float32 and 0 < len(queries) * len(index) <= SCORES and index.shape[1]):
+        return None
+    a, b = queries.numpy(), index.numpy()
+    barred = None if exclude is None else exclude.numpy()
+    if len(queries) * index.numel() <= FEW:
+        found = _direct(a, b, k, barred, lambda: a @ b.T)
+    else:
+        with _single_threaded():
+            found = _direct(a, b, k, barred, lambda: _product(index, _Memory())(queries).numpy())
+    return found and (torch.from_numpy((found[0] / ONE).astype(np.float32)), torch.from_numpy(found[1]))
+
+
+def topk(queries, index, k, exclude=None):
+    keep, width = k + SPARE, queries.shape[1]
+    if not len(queries) or len(index) < 4 * keep or not width or GROUP * keep * max(width, keep) > 8 * GATHERED:
+        return reference.topk(queries, index, k, exclude)
+    with _single_threaded() as threads, ThreadPoolExecutor(threads) as workers:
+        spread = workers.map if threads > 1 else map
+        keys = _through_few_rows(queries, index, k, exclude, spread) if len(index) <= DIRECT else None
+        return _topk(queries, index, k, exclude, threads, spread) if keys is None else keys
+
+
+def _through_few_rows(queries, index, k, exclude, spread):
+    """(Q, k) keys by _direct, None where it gives up."""
+    if torch.float64 in (queries.dtype, index.dtype):
+        return None
+    rows, size, memory = index.float().contiguous(), max(1, SCORES // len(index)), _Memory()
+
+    product = _product(rows, memory)
+
+    def search(top):
+        block, barred = queries[top:top + size].float(), None if exclude is None else exclude[top:top + size].numpy()
+        return _direct(block.numpy(), rows.numpy(), k, barred, lambda: product(block).numpy())
+
+    found = []
+    for part in spread(search, range(0, len(queries), size)):
+        if part is None:
+            return None
+        found.append(reference.as_keys(torch.from_numpy(part[0]), torch.from_numpy(part[1])))
+    return torch.cat(found)
+
+
+def _direct(queries, index, k, exclude, product):
+    """float32 arrays (Q, D), (G, D), Q G no more than memory takes; product() -> queries @ index.T, to be overwritten -> scores
+    (Q, k) float64, whole numbers, descending, and rows (Q, k) int64.
+
+    All pairs that float32 does not rule out are scored in float64: those no further below the query's k-th best than its noise.
+    None where that is no use: where too many are that near, and for rows whose norm strains float32, or is 0 or not finite.
+    """
+    (count, width), total = queries.shape, len(index)
+    with np.errstate(all="ignore"):
+        squares, asked = np.vecdot(index, index), np.vecdot(queries, queries)
+    if not (least(squares) > 1e-30 and most(squares) < 1e30 and least(asked) > 1e-30 and most(asked) < 1e30):
+        return None
+    cosines = product()                                                        # but for the query's norm, which changes no order
+    cosines /= np.sqrt(squares)
+    if exclude is not None:
+        barred = np.flatnonzero(exclude >= 0)
+        cosines[barred, exclude[barred]] = -np.inf
+    maxima, several = cosines, total
+    if count * total > 4096 and total >= 32 * k:      # the k-th best of groups' maxima is not above that of all, nor far below
+        several = total // 8
+        maxima = torch.from_numpy(cosines)[:, :8 * several].unflatten(1, (8, several)).amax(1).numpy()
+    bound = np.partition(maxima, several - k, axis=1)[:, several - k] - np.sqrt(asked) * ((2 * width + 40) * 2.0**-24)
+    near = np.flatnonzero(cosines >= bound[:, None])
+    if len(near) > (4 * k + 16) * count:
+        return None
+    query, row = np.divmod(near, total) if count > 1 else (None, near)
+    scores, step = np.empty(len(near)), max(1, 2**15 // width)                 # steps whose float64 values stay in the cache
+    for top in range(0, len(near), step):
+        some = slice(top, top + step)
+        a = (queries if count == 1 else queries[query[some]]).astype(np.float64)
+        b = index[row[some]].astype(np.float64)
+        exact = ONE * np.vecdot(a, b) / np.sqrt(np.vecdot(a, a) * np.vecdot(b, b))
+        scores[some] = part = np.rint(exact)
+        doubt = np.abs(exact - part)
+        if most(doubt) > (sure := 0.5 - ONE * (2 * width + 16) * 2.0**-52):
+            some = np.flatnonzero(doubt > sure)
+            pairs = torch.from_numpy(np.broadcast_to(a, b.shape)[some]), torch.from_numpy(b[some])
+            scores[top + some] = reference.scores(*(part[:, None] for part in pairs))[:, 0]
+    if count == 1:
+        order = (-scores).argsort(kind="stable")[None, :k]                     # rows ascend already
+    else:
+        order = np.argsort(query * 2.0**26 - scores, kind="stable")            # by the query, then by the score
+        order = order[np.searchsorted(query, np.arange(count))[:, None] + np.arange(k)]
+    return scores[order], row[order]
 
 
 def _topk(queries, index, k, exclude, threads, spread):
@@ -129,7 +196,7 @@ def _through(queries, index, among, k, exclude, threads, spread):
     None where the index is full of copies, seen by the first queries before the others pay for it, or by all in the end."""
     keep, width, rows = k + SPARE, queries.shape[1], len(index) if among is None else len(among)
     noise = 2 * width + 40  # of scores that are 2^24 times
-    whole = rows - rows % GROUP**2 if rows > max(DIRECT, GROUP * (keep + GROUP)) else 0                # the others are the tail
+    whole = rows - rows % GROUP**2 if rows > GROUP * (keep + GROUP) else 0                             # the others are the tail
     size = min(QUERY_BLOCK, -(-len(queries) // threads))
     blocks = [slice(top, top + size) for top in range(0, len(queries), size)]
     groups = torch.zeros(len(queries), keep if whole else 0, dtype=torch.int64)
@@ -255,12 +322,12 @@ def _best_groups(queries, index, keep, memory):
     return values, members.gather(1, order)
 
 
-def _product(queries, memory):
-    """A function: rows (g, D) -> rows @ queries.T (g, q), all float32."""
+def _product(right, memory):
+    """A function: rows (n, D) -> rows @ right.T (n, m), all float32, good until it is called again in the same thread."""
     if LINEAR:
-        return lambda rows: LINEAR(rows, queries, None, "none", [], "")
-    columns = queries.T.contiguous()
-    return lambda rows: torch.mm(rows, columns, out=memory("tile", len(rows), len(queries)))
+        return lambda rows: LINEAR(rows, right, None, "none", [], "")
+    columns = right.T.contiguous()
+    return lambda rows: torch.mm(rows, columns, out=memory("tile", len(rows), len(right)))
 
 
 class _Memory(threading.local):

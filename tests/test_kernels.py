@@ -388,8 +388,9 @@ def test_the_cpu_path_is_the_reference_bit_for_bit(data):
     sizes = {"QUERY_BLOCK": draw(st.sampled_from((1, 7, 512))), "TILE": draw(st.sampled_from((1, 2**14, 2**19))),
              "TILES": draw(st.sampled_from((1, 8))), "CHUNK": draw(st.sampled_from((1, 700, 2**18))),
              "MAXIMA": draw(st.sampled_from((1500, 2**19))), "NORMALISED": draw(st.sampled_from((2**12, 2**23))),
-             "STATE": draw(st.sampled_from((100, 2**21))), "GATHERED": draw(st.sampled_from((2**15, 2**18))), "SMALL": 0,
-             "SPARE": draw(st.sampled_from((2, 9))), "DIRECT": draw(st.sampled_from((0, 8192)))}
+             "STATE": draw(st.sampled_from((100, 2**21))), "GATHERED": draw(st.sampled_from((2**15, 2**18))), "SCORES": draw(st.sampled_from((1, 5000, 2**18))),
+             "SPARE": draw(st.sampled_from((2, 9))), "DIRECT": draw(st.sampled_from((0, 8192))),
+             "LINEAR": draw(st.sampled_from((None, cpu.LINEAR)))}
     threads = draw(st.sampled_from((1, 2)))
     try:
         torch.set_num_threads(threads)
@@ -399,6 +400,31 @@ def test_the_cpu_path_is_the_reference_bit_for_bit(data):
     finally:
         torch.set_num_threads(1)
     assert torch.equal(found, reference.topk(queries, index, k, exclude))
+
+
+@PROPERTY
+@given(st.sampled_from(KINDS), st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 700), st.sampled_from((1, 3, 64, 300)), st.data())
+def test_few_pairs_are_ranked_as_by_the_reference(kind, seed, q, g, d, data):
+    queries, index = made_search(kind, seed, q, g, d)
+    exclude = torch.randint(-1, g, (q,)) if g > 1 and data.draw(st.booleans()) else None
+    k = data.draw(st.integers(1, min(40, g - (exclude is not None))))
+    for one, other in zip(cosine_topk(queries, index, k, exclude=exclude),
+                          reference.result(reference.topk(queries, index, k, exclude))):
+        assert torch.equal(one, other)
+
+
+def test_a_score_that_rounding_noise_leaves_in_doubt_is_the_references():
+    """Of six million pairs some lie that near the middle of two scores; a search for all rows has them among its results."""
+    queries, index = random_search(18, 3000, 2000, 64)
+    steps = cosines(queries, index) * GRID
+    q, g = next(zip(*np.nonzero(np.abs(np.abs(steps - np.rint(steps)) - 0.5) < 4e-7)))
+    some = torch.tensor([g, *range(39)])
+    for count in (1, 2):
+        with patch.object(cpu.reference, "scores", side_effect=reference.scores) as asked:
+            found = cosine_topk(queries[q:q + 1].repeat(count, 1), index[some], 40)
+        assert asked.call_count == 1, f"the reference was asked {asked.call_count} times"
+        for one, other in zip(found, reference.result(reference.topk(queries[q:q + 1].repeat(count, 1), index[some], 40))):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
