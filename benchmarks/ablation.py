@@ -90,6 +90,15 @@ ROWS |= {row: (FEW, options, None) for row, options in SETTINGS.items()}
 TIMES = {"specialists-256-twice": 2}
 
 
+def config_of(row, **more):
+    """The resolved configuration of a row, of its own options and `more`, where they say nothing."""
+    given = vars(udon.command_line().parse_args(["train", *ROWS[row][1].split()]))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if teachers := ROWS[row][2]:
+        given["teachers"] = teachers
+    return udon.resolve(udon.Config(**{**more, **{name: given[name] for name in given if name not in ("command", "resume")}}))
+
+
 # Running ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +258,16 @@ def read(folder):
     return found
 
 
+def read_times(path):
+    """{row: {"to_usc": ratio, "frozen_to_usc": ratio}} of what step_overhead.py wrote. Raises data.InputError for another file."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return {row: {name: float(times[name]) for name in ("to_usc", "frozen_to_usc")} for row, times in rows.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise data.InputError(f"--times {path} is no result of step_overhead.py ({type(error).__name__}: {error}): write it by "
+                              "python benchmarks/step_overhead.py") from None
+
+
 def shown(values):
     values = [100 * value for value in values]
     return f"{statistics.fmean(values):.1f}" + (f" ± {interval(values):.1f}" if len(values) > 1 else "")
@@ -283,18 +302,17 @@ LABELS = {
 }
 SYSTEMS = ("backbone", "usc-rr", "usc-size", "ujc-rr", "ujc-size", "ujc-margin", "distill-8", "distill-8-twice",
            "distill-8-paper", "distill-1", "udon-paper-rr", "udon-paper", "udon")
-TOGETHER = {row: teachers for row, (_, _, teachers) in ROWS.items() if teachers}  # whose training a distillation needs first
 
 
-def time_to(results, row, other):
-    """Median over seeds of the time of a row, its teachers' included, in that of another; NaN where it is not known."""
-    def time_of(row, seed):
-        own = results[row][seed]["cpu_seconds"]
-        teachers = results.get(TOGETHER[row], {}).get(seed, {"cpu_seconds": math.nan}) if row in TOGETHER else {"cpu_seconds": 0}
-        return own + teachers["cpu_seconds"]
-
-    ratios = [time_of(row, seed) / time_of(other, seed) for seed in results[row].keys() & results[other].keys()]
-    return statistics.median(ratios) if ratios and not any(map(math.isnan, ratios)) else math.nan
+def time_of(times, row):
+    """Time of a row's training, its teachers' included, by that of an image of usc's with the backbone trained; NaN where it was not
+    measured."""
+    if row not in times:
+        return math.nan
+    config = config_of(row)
+    frozen = config.frozen_epochs / config.epochs
+    own = (1 - frozen) * times[row]["to_usc"] + frozen * times[row]["frozen_to_usc"]
+    return TIMES.get(row, 1) * own + (time_of(times, ROWS[row][2]) if ROWS[row][2] else 0)
 
 
 def ratio_or_nothing(ratio):
@@ -314,13 +332,13 @@ def pick(metric):
     return lambda result: result["mean"][metric]
 
 
-def line(results, row):
+def line(results, times, row):
     """One row of a table of systems."""
     runs = results[row]
     first = first_of(runs)
     metrics = [shown(list(map(pick(metric), runs.values()))) for metric in METRICS]
     gains = [difference(results, row, BASELINE, pick(metric)) for metric in METRICS]
-    ratio = "" if row == "backbone" else ratio_or_nothing(time_to(results, row, BASELINE))
+    ratio = ratio_or_nothing(time_of(times, row) / time_of(times, BASELINE))
     return "| " + " | ".join([LABELS.get(row, f"`{row}`"), *metrics, *gains, millions(first["parameters"]["trained"]),
                               millions(first["parameters"]["inference"]), ratio, str(len(runs))]) + " |"
 
@@ -330,9 +348,9 @@ HEADING = ("| system | R@1 | mMP@5 | R@1 − USC | mMP@5 − USC | trained, M | 
            "|---|---|---|---|---|---|---|---|---|")
 
 
-def tables(results):
-    """The README's tables as one text."""
-    text = [HEADING, *(line(results, row) for row in SYSTEMS if row in results)]
+def tables(results, times):
+    """The README's tables as one text; `times`: "rows" of what step_overhead.py wrote."""
+    text = [HEADING, *(line(results, times, row) for row in SYSTEMS if row in results)]
     compared = [row for row in ("udon", "udon-paper-rr") if row in results]
     text += ["", "UDON against each, paired by seed, and its time in the other's:", "",
              "| UDON − | " + " | ".join(f"{LABELS[row].replace('*', '')}: R@1 | mMP@5 | time" for row in compared) + " |",
@@ -340,11 +358,11 @@ def tables(results):
     for other in (row for row in SYSTEMS if row in results and row not in ("udon", "backbone")):
         cells = [cell for row in compared for cell in (
             *(difference(results, row, other, pick(metric)) for metric in METRICS),
-            "" if row == other else ratio_or_nothing(time_to(results, row, other)))]
+            "" if row == other else ratio_or_nothing(time_of(times, row) / time_of(times, other)))]
         text.append(f"| {LABELS[other]} | " + " | ".join(cells) + " |")
     others = [row for row in ROWS if row in results and row not in SYSTEMS and not row.startswith(("specialists", "teachers"))]
     if others:
-        text += ["", "Variations:", "", HEADING, *(line(results, row) for row in others)]
+        text += ["", "Variations:", "", HEADING, *(line(results, times, row) for row in others)]
     tried = sorted(results.keys() - ROWS.keys())
     if tried:
         text += ["", "Tried and not kept, by the version that the results name, and the difference to the row changed:",
@@ -395,6 +413,8 @@ def main():
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="only these")
     parser.add_argument("--seeds", type=positive, help="at most so many seeds of each row")
     parser.add_argument("--results", type=Path, default=RESULTS, help="(default: %(default)s)")
+    parser.add_argument("--times", type=Path, default=ROOT / "results" / "step_times.json",
+                        help="what step_overhead.py wrote, for the tables (default: %(default)s)")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of logs and checkpoints (default: %(default)s)")
     parser.add_argument("--at-once", type=int, choices=(1, 2), default=2, help="runs at the same time (default: 2)")
     parser.add_argument("--tables", type=Path, metavar="README",
@@ -402,7 +422,7 @@ def main():
     options = parser.parse_args()
     if options.tables:
         try:
-            fill(options.tables, "ablation", lambda: tables(read(options.results)))
+            fill(options.tables, "ablation", lambda: tables(read(options.results), read_times(options.times)))
         except data.InputError as error:
             parser.exit(2, f"{parser.prog}: {error}\n")
         except ValueError as error:

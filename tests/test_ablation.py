@@ -64,10 +64,13 @@ def test_tables(tmp_path):
         for seed, recall in enumerate(recalls):
             file = tmp_path / "results" / row / f"seed{seed}.json"
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(made_up(row, seed, recall, cpu_seconds=15.0 if row == "udon" else 10.0)))
+            file.write_text(json.dumps(made_up(row, seed, recall, cpu_seconds=10.0)))
+    times = {"usc-rr": {"to_usc": 1.0, "frozen_to_usc": 0.4}, "udon": {"to_usc": 1.5, "frozen_to_usc": 0.6}}
+    (tmp_path / "times.json").write_text(json.dumps({"rows": times}))
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- ablation -->\nold\n<!-- end of ablation -->\nafter\n")
-    sys.argv = ["ablation.py", "--tables", str(readme), "--results", str(tmp_path / "results")]
+    sys.argv = ["ablation.py", "--tables", str(readme), "--results", str(tmp_path / "results"), "--times",
+                str(tmp_path / "times.json")]
     ablation.main()
     text = readme.read_text()
     assert text.startswith("before\n<!-- ablation -->\n|") and text.endswith("<!-- end of ablation -->\nafter\n")
@@ -87,11 +90,20 @@ def test_tables(tmp_path):
 
 def test_every_row_is_a_valid_command():
     for row, (seeds, options, teachers) in ablation.ROWS.items():
-        arguments = ["train", *options.split(), *(["--teachers", "x"] if teachers else [])]
-        given = vars(udon.command_line().parse_args(arguments))
-        given.pop("command"), given.pop("resume")
-        udon.resolve(udon.Config(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}))
+        config = ablation.config_of(row, seed=7, data="x")
+        assert (config.seed, config.data, config.teachers) == (7, "x", teachers), (row, options)
         assert teachers is None or teachers in ablation.ROWS, row
+
+
+def test_times_of_a_row():
+    """Of 6 epochs one is frozen; a distilled student's teachers are trained before, or twice as long."""
+    times = {row: {"to_usc": whole, "frozen_to_usc": frozen} for row, whole, frozen in (
+        ("usc-rr", 1.0, 0.4), ("specialists-256", 1.0, 0.4), ("distill-8", 1.3, 0.7), ("specialists-256-twice", 1.0, 0.4),
+        ("distill-8-twice", 1.3, 0.7), ("udon-paper", 1.2, 0.0), ("frozen-2", 1.2, 0.6))}
+    expected = {"usc-rr": 0.9, "distill-8": 0.9 + 1.2, "distill-8-twice": 1.8 + 1.2, "udon-paper": 1.0, "frozen-2": 1.0}
+    for row, time in expected.items():
+        assert math.isclose(ablation.time_of(times, row), time), row
+    assert math.isnan(ablation.time_of(times, "distill-1"))
 
 
 def test_a_specialists_share(uned):

@@ -47,7 +47,7 @@ def here(tmp_path, monkeypatch):
     for folder, text in (("broken", "{"), ("other", json.dumps(made_up("udon", 0, 0.5))), ("bare", "{}")):
         (tmp_path / folder / "udon").mkdir(parents=True)
         (tmp_path / folder / "udon" / "seed0.json").write_text(text)
-    for module, name in ((topk, "measure"), (uned_size, "made_up"), (step_overhead, "steps"), (principal_axes, "measure"),
+    for module, name in ((topk, "measure"), (uned_size, "made_up"), (step_overhead, "stepper"), (principal_axes, "measure"),
                          (ablation.Grid, "run")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("work has begun"))
     return tmp_path
@@ -60,7 +60,8 @@ BAD = [(module, options, named) for module, lines in {
                ("--tables backwards.md", "backwards.md"), ("--tables topk.md", "topk.md"),
                ("--tables ablation.md --results broken", "broken/udon/seed0.json"),
                ("--tables ablation.md --results bare", "bare/udon/seed0.json"),
-               ("--tables ablation.md --results other", "usc-rr"), ("--tables ablation.md --results nowhere", "nowhere")),
+               ("--tables ablation.md --results other", "usc-rr"), ("--tables ablation.md --times nowhere.json", "nowhere.json"),
+               ("--tables ablation.md --times foreign.csv", "foreign.csv"), ("--tables ablation.md --results nowhere", "nowhere")),
     topk: (*((f"--cases {case}", repr(case)) for case in ("5x5", "0x5x5", "5x-5x5", "5x5x5x5", "5x5xa", "")),
            ("--cases 5x50x5 5x50x5_folly", "'5x50x5 folly'"), ("--k 0", "'0'"), ("--k 7 --cases 5x50x5 5x6x5", "5x6x5"),
            ("--k 301", "1x300x64"), ("--threads 0", "'0'"), ("--rounds -3", "-3"), ("--contenders nonsense", "'nonsense'"),
@@ -71,7 +72,7 @@ BAD = [(module, options, named) for module, lines in {
                 ("--dim 1.5", "'1.5'"), ("--out nowhere/x.json", "nowhere/x.json"), ("--nonsense", "--nonsense")),
     principal_axes: (("topk.md", "--data"), ("topk.md --data {uned} --k 0", "'0'"),
                      ("topk.md --data {uned} --out nowhere/x.json", "nowhere/x.json")),
-    step_overhead: (("--pairs 0", "'0'"), ("--model nonsense", "'nonsense'"), ("--out nowhere/x.json", "nowhere/x.json"),
+    step_overhead: (("--rounds 0", "'0'"), ("--rows backbone", "'backbone'"), ("--model nonsense", "'nonsense'"), ("--out nowhere/x.json", "nowhere/x.json"),
                     ("--device nonsense", "nonsense")),
     topk_gpu: (("--k 0", "'0'"), ("--k 9 --index 8", "--index 8"), ("--dtype int8", "'int8'"), ("--out nowhere/x", "nowhere/x")),
 }.items() for options, named in lines]
@@ -116,6 +117,19 @@ def test_principal_axes(uned, checkpoints, tmp_path, monkeypatch, capfd):
     assert result["index"] == 48 and result["rows"][0]["coordinates"] == 8
     assert (result["checkpoint"], result["torch"], result["threads"]) == (str(checkpoints["usc"]), torch.__version__, 1)
     assert result["machine"] == step_overhead.machine("cpu")
+
+
+def test_step_times(tmp_path, monkeypatch, capfd):
+    """Of a row with teachers of its own, one with frozen ones, and the one that all are compared with."""
+    out = tmp_path / "times.json"
+    arguments = "--rows udon distill-8 --model micro --image-size 32 --batch-size 4 --rounds 2".split()
+    monkeypatch.setattr(sys, "argv", ["step_overhead.py", *arguments, "--out", str(out)])
+    step_overhead.main()
+    result = json.loads(out.read_text())
+    assert result["command"] == "python benchmarks/step_overhead.py " + " ".join(arguments)
+    times = ablation.read_times(out)
+    assert list(times) == ["usc-rr", "udon", "distill-8"] and times["usc-rr"]["to_usc"] == 1
+    assert all(0 < value["frozen_to_usc"] and 0 < value["to_usc"] for value in times.values())
 
 
 def test_topk_measures_and_keeps_other_rows(tmp_path, monkeypatch, capfd):
