@@ -539,7 +539,7 @@ PROCEDURAL = {                      # classes, renderer, number of train / val /
     "symbols": (_symbol_classes, _draw_symbol, (200, 12, 20), (60, 4)),         # the long tail: image counts fall as 1 / rank
     "texture": (_texture_classes, _draw_texture, (42, 8, 16), (32, 32)),
 }
-TEST_IMAGES = 8                     # of a val or test class
+VAL_IMAGES, TEST_IMAGES = 24, 8     # of a class: few classes must choose the best checkpoint
 
 
 def procedural_split(domain, name):
@@ -552,7 +552,7 @@ def procedural_split(domain, name):
     number = counts[("train", "val", "test").index(name)]
     pixels, labels = [], []
     for rank, label in enumerate(range(start, start + number)):
-        for i in range(max(least, most // (rank + 1)) if name == "train" else TEST_IMAGES):
+        for i in range({"train": max(least, most // (rank + 1)), "val": VAL_IMAGES, "test": TEST_IMAGES}[name]):
             image = draw(np.random.default_rng((zlib.crc32(domain.encode()), label, i)), looks[label])
             pixels.append(np.asarray(image.reduce(2)))
             labels.append(label)

@@ -1,4 +1,4 @@
-"""cosine_topk on a CPU at about the speed of the float32 matrix product, with the reference's result bit for bit.
+"""cosine_topk on a CPU at the speed of a float32 matrix product, with the reference's result bit for bit.
 
     topk(queries, index, k, exclude) -> (Q, k) int64 keys, as reference.topk
 
@@ -10,6 +10,8 @@
 4. Float32 is off by less than `noise`: if the reference's k-th score is above the best discarded float32 score by more, no
    discarded row can belong to the result. Queries of which that cannot be said go to the reference; if they are many, copies
    in the index are the cause: the search is over distinct rows, and copies are put back into the result.
+Few pairs or few rows are not grouped: their float32 scores stay, and whatever is no further below the k-th best than the noise is
+scored in float64, by numpy, whose calls cost less.
 Copy with: the folder kernels/, torch, numpy.
 """
 
@@ -25,8 +27,8 @@ import torch.nn.functional as F
 from kernels import reference
 from kernels.reference import NOTHING, ONE
 
-# oneDNN's product by way of the operator that torch.compile emits for linear layers: on processors of AMD with AVX-512 twice as
-# fast as torch.mm, which is MKL's; elsewhere as fast at least.
+# oneDNN's product, by the operator that torch.compile emits for linear layers. On AMD processors torch.mm, which is MKL's, takes
+# twice as long with AVX-512 and a tenth longer with AVX2 (torch 2.13, 2026-11).
 LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 least, most = np.minimum.reduce, np.maximum.reduce           # which a method's call is twice as long as, for a few values
 EMPTY = torch.empty(0, dtype=torch.float32)
@@ -41,7 +43,7 @@ STATE = 2**20                  # best groups of all queries that are on their wa
 GATHERED = 2**18               # values, 1 MB: rows of the best groups, scored again; of one query up to 8 times more
 FEW = 2**18                    # values of all pairs: up to these numpy's product takes no threads, and less to call than torch's
 DIRECT = 8192                  # rows: so few are not grouped
-SCORES = 2**18                 # float32 of them at a time, 1 MB
+SCORES = 2**20                 # float32, 4 MB: of all pairs, if they are no more; else of so few rows at a time
 SPARE = 2                      # groups kept more than k
 
 
@@ -79,17 +81,16 @@ def topk(queries, index, k, exclude=None):
         return reference.topk(queries, index, k, exclude)
     with _single_threaded() as threads, ThreadPoolExecutor(threads) as workers:
         spread = workers.map if threads > 1 else map
-        keys = _through_few_rows(queries, index, k, exclude, spread) if len(index) <= DIRECT else None
+        keys = _through_few_rows(queries, index, k, exclude, threads, spread) if len(index) <= DIRECT else None
         return _topk(queries, index, k, exclude, threads, spread) if keys is None else keys
 
 
-def _through_few_rows(queries, index, k, exclude, spread):
+def _through_few_rows(queries, index, k, exclude, threads, spread):
     """(Q, k) keys by _direct, None where it gives up."""
     if torch.float64 in (queries.dtype, index.dtype):
         return None
-    rows, size, memory = index.float().contiguous(), max(1, SCORES // len(index)), _Memory()
-
-    product = _product(rows, memory)
+    rows = index.float().contiguous()
+    size, product = max(1, min(SCORES // len(index), -(-len(queries) // threads))), _product(rows, _Memory())
 
     def search(top):
         block, barred = queries[top:top + size].float(), None if exclude is None else exclude[top:top + size].numpy()

@@ -16,7 +16,7 @@ from conftest import write_uned
 from sampler import DomainSampler
 
 SIZE, BATCH, SEED = 16, 6, 3
-PROCEDURAL_TEST_IMAGES = 8
+PROCEDURAL_IMAGES = {"val": 24, "test": 8}         # of a class
 
 
 # Layouts ---------------------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_procedural_domains():
         splits = {name: benchmark.split(domain, name) for name in ("train", "val", "test")}
         labels = [set(split.labels.tolist()) for split in splits.values()]
         assert not (labels[0] & labels[1] or labels[0] & labels[2] or labels[1] & labels[2]), f"{domain}: a class in two splits"
-        assert all((np.bincount(splits[name].classes) == PROCEDURAL_TEST_IMAGES).all() for name in ("val", "test"))
+        assert all((np.bincount(splits[name].classes) == number).all() for name, number in PROCEDURAL_IMAGES.items())
         sizes.add(splits["train"].num_classes)
         pixels = splits["test"].pixels
         assert pixels.shape[1:] == (64, 64, 3) and pixels.dtype == np.uint8
