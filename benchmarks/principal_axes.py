@@ -21,9 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
-from shared import output, positive  # noqa: E402
+from shared import machine, output, positive  # noqa: E402
 from kernels import cosine_topk  # noqa: E402
-from step_overhead import machine  # noqa: E402
 
 GROUP, BLOCK, TURN = 16, 256, 32
 

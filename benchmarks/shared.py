@@ -1,4 +1,4 @@
-"""What the benchmarks share: types of options, which say what is wrong with a value; the processor's name; a table's place."""
+"""What the benchmarks share: types of options, which say what is wrong with a value; the processor's name, the machine's; a table's place."""
 
 import argparse
 import os
@@ -31,6 +31,13 @@ def processor():
             if line.startswith("model name"):
                 return line.split(":")[1].strip()
     return platform.processor() or platform.machine()
+
+
+def machine(device):
+    """Device, threads, and torch's version."""
+    import torch
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
+    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} processors, torch {torch.__version__}"
 
 
 def fill(path, name, table):

@@ -8,7 +8,6 @@ A step is all of udon.training_step but the loading of images: normalisation, fo
 student that is distilled, its frozen teacher's forward too. Time is processor time; on a GPU, time.
 """
 
-import os
 import statistics
 import sys
 import time
@@ -23,16 +22,11 @@ import ablation  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import udon  # noqa: E402
-from shared import output, positive, processor  # noqa: E402
+from shared import machine, output, positive  # noqa: E402
 from sampler import DomainSampler  # noqa: E402
 
 CLASSES = {f"domain{i}": count for i, count in enumerate((61, 118, 60, 49, 185, 973, 145, 59))}      # as in eight real domains
 ROWS = [row for row in ablation.ROWS if row != "backbone"]                                           # which trains nothing
-
-
-def machine(device):
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
-    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} processors, torch {torch.__version__}"
 
 
 def stepper(row, options):

@@ -23,8 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
-from shared import natural, output, positive  # noqa: E402
-from step_overhead import machine  # noqa: E402
+from shared import machine, natural, output, positive  # noqa: E402
 
 UNED = {"food2k": (9_979, 9_979), "cars": (8_131, 8_131), "sop": (60_502, 60_502), "inshop": (14_218, 12_612),     # of the test
         "inat": (136_093, 136_093), "met": (1_003, 397_121), "gldv2": (1_129, 761_757), "rp2k": (10_931, 10_931)}  # queries, index

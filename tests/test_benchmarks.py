@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import ablation  # noqa: E402
 import evaluate  # noqa: E402
 import principal_axes  # noqa: E402
+import shared  # noqa: E402
 import step_overhead  # noqa: E402
 import topk  # noqa: E402
 import topk_gpu  # noqa: E402
@@ -116,7 +117,7 @@ def test_principal_axes(uned, checkpoints, tmp_path, monkeypatch, capfd):
     result = json.loads(out.read_text())
     assert result["index"] == 48 and result["rows"][0]["coordinates"] == 8
     assert (result["checkpoint"], result["torch"], result["threads"]) == (str(checkpoints["usc"]), torch.__version__, 1)
-    assert result["machine"] == step_overhead.machine("cpu")
+    assert result["machine"] == shared.machine("cpu")
 
 
 def test_step_times(tmp_path, monkeypatch, capfd):
