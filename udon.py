@@ -674,8 +674,8 @@ def command_line():
         if kind is bool:
             settings = {"action": argparse.BooleanOptionalAction}
         shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        train_parser.add_argument(flag(f.name), default=argparse.SUPPRESS, **settings,
-                                  help=f"{f.metadata['help']} (default: {shown})")
+        text = f.metadata["help"] + (f" (default: {shown})" if f.default is not None else "")      # else it says what none means
+        train_parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **settings)
     return parser
 
 
@@ -696,6 +696,11 @@ def main(arguments=None):
     except OSError as error:                                  # no room, no permission: checkpoints are whole all the same
         place = error.filename or given.get("out", "runs")
         parser.exit(2, f"udon.py: {place} cannot be used ({error.strerror or error}): mend that, and go on with --resume\n")
+    except (MemoryError, RuntimeError) as error:              # numpy's, torch's on a GPU, and on a CPU one without a name
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        parser.exit(2, f"udon.py: out of memory ({str(error).splitlines()[0][:200]}): lower --batch-size, --image-size, "
+                       "--student-dim or --teacher-dim, or take a smaller --model\n")
     except KeyboardInterrupt:
         parser.exit(130, "\nudon.py: interrupted; a run folder goes on from its last checkpoint with --resume\n")
 

@@ -79,7 +79,7 @@ def test_the_printed_table_is_the_tested_one():
             assert mark == ("x" if cell else "(x)" if other else ""), f"{term}, {column}: {mark!r}"
 
 
-def losses_written_out(model, images, labels, domain, weights, scale, into_backbone):
+def losses_written_out(model, images, labels, domain, weights, relational_scale, into_backbone, scale=16, temperature=0.1):
     """The method from its formulas: KL, squared differences and cross-entropy by hand, with its own detaches."""
     parameters = dict(model.named_parameters())
     unit = lambda x: x / x.square().sum(1, keepdim=True).sqrt()
@@ -92,26 +92,28 @@ def losses_written_out(model, images, labels, domain, weights, scale, into_backb
         return x @ unit(parameters[f"{name}.{domain}.weight"]).T
 
     def cross_entropy(c):
-        logits = 16 * c
+        logits = scale * c
         return (torch.logsumexp(logits, 1) - logits[torch.arange(len(labels)), labels]).mean()
 
     student, teacher = head("student_head", backbone), head(f"teacher_heads.{domain}", backbone)
     student_cosines, teacher_cosines = cosines("student_classifiers", student), cosines("teacher_classifiers", teacher)
     again = student if into_backbone else head("student_head", backbone.detach())
-    p, q = (teacher_cosines.detach() / 0.1).softmax(1), (cosines("student_classifiers", again) / 0.1).softmax(1)
+    p, q = ((c / temperature).softmax(1) for c in (teacher_cosines.detach(), cosines("student_classifiers", again)))
     kl = (p * (p.log() - q.log())).sum(1).mean()
-    relational = scale * ((again @ again.T - (teacher @ teacher.T).detach()) ** 2).sum() / len(labels) ** 2
+    relational = relational_scale * ((again @ again.T - (teacher @ teacher.T).detach()) ** 2).sum() / len(labels) ** 2
     terms = [cross_entropy(teacher_cosines), cross_entropy(student_cosines), kl, relational]
     return sum(w * t for w, t in zip(weights, terms)) / sum(weights), terms
 
 
 @settings(deadline=None, max_examples=10)
-@given(seed=st.integers(0, 1000), into_backbone=st.booleans(), weights=st.tuples(*[st.floats(0.1, 3)] * 4), scale=st.floats(1, 64))
-def test_losses_and_all_gradients_of_a_step(seed, into_backbone, weights, scale):
+@given(seed=st.integers(0, 1000), into_backbone=st.booleans(), weights=st.tuples(*[st.floats(0.1, 3)] * 4),
+       relational_scale=st.floats(1, 64), others=st.just({}) | st.fixed_dictionaries({"scale": st.floats(4, 64),
+                                                                                      "temperature": st.floats(0.05, 1)}))
+def test_losses_and_all_gradients_of_a_step(seed, into_backbone, weights, relational_scale, others):
     model, (images, labels) = tiny_model(seed), tiny_batch(seed)
-    losses = udon.compute_losses(model, images, labels, "birds", weights=weights, relational_scale=scale,
-                                 distill_into_backbone=into_backbone)
-    total, terms = losses_written_out(model, images, labels, "birds", weights, scale, into_backbone)
+    losses = udon.compute_losses(model, images, labels, "birds", weights=weights, relational_scale=relational_scale,
+                                 distill_into_backbone=into_backbone, **others)
+    total, terms = losses_written_out(model, images, labels, "birds", weights, relational_scale, into_backbone, **others)
     for ours, theirs in zip(losses, [total, *terms]):
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-10)
     names, parameters = zip(*model.named_parameters())
