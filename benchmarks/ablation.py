@@ -343,6 +343,18 @@ def line(results, times, row):
                               millions(first["parameters"]["inference"]), ratio, str(len(runs))]) + " |"
 
 
+def changes(results, heading, rows):
+    """A table of rows, {row: (label, the row that it changes)}, each beside the row that it changes; nothing without rows."""
+    if not rows:
+        return []
+    text = ["", heading, "", "| change | row | R@1 | mMP@5 | val R@1 − row | R@1 − row | mMP@5 − row | n |", "|---" * 8 + "|"]
+    for row, (label, base) in rows.items():
+        cells = [shown(list(map(pick(metric), results[row].values()))) for metric in METRICS]
+        cells += [difference(results, row, base, of) for of in (lambda result: result["val_recall_at_1"], *map(pick, METRICS))]
+        text.append(f"| {label} | {LABELS[base].replace('*', '')} | {' | '.join(cells)} | {len(results[row])} |")
+    return text
+
+
 METRICS = ("recall_at_1", "mmp_at_5")
 HEADING = ("| system | R@1 | mMP@5 | R@1 − USC | mMP@5 − USC | trained, M | kept, M | time | n |\n"
            "|---|---|---|---|---|---|---|---|---|")
@@ -360,19 +372,15 @@ def tables(results, times):
             *(difference(results, row, other, pick(metric)) for metric in METRICS),
             "" if row == other else ratio_or_nothing(time_of(times, row) / time_of(times, other)))]
         text.append(f"| {LABELS[other]} | " + " | ".join(cells) + " |")
-    others = [row for row in ROWS if row in results and row not in SYSTEMS and not row.startswith(("specialists", "teachers"))]
+    others = [row for row in ROWS if row in results and row not in SYSTEMS and row not in SETTINGS
+              and not row.startswith(("specialists", "teachers"))]
     if others:
         text += ["", "Variations:", "", HEADING, *(line(results, times, row) for row in others)]
-    tried = sorted(results.keys() - ROWS.keys())
-    if tried:
-        text += ["", "Tried and not kept, by the version that the results name, and the difference to the row changed:",
-                 "", "| tried | row changed | R@1 | mMP@5 | val R@1 − row | R@1 − row | mMP@5 − row | n |", "|---" * 8 + "|"]
-    for row in tried:
-        label, base = TRIED.get(row, (f"`{row}`", "udon"))
-        picks = (lambda result: result["val_recall_at_1"], *map(pick, METRICS))
-        cells = [shown(list(map(pick(metric), results[row].values()))) for metric in METRICS]
-        cells += [difference(results, row, base, of) for of in picks]
-        text.append(f"| {label} | {LABELS[base].replace('*', '')} | {' | '.join(cells)} | {len(results[row])} |")
+    text += changes(results, "One setting changed, and the difference to the row changed:", {
+        row: (f"`{' '.join(options.split()[-2:])}`", "udon" if not options.startswith(PAPER) else
+              "udon-paper" if "dynamic" in options else "udon-paper-rr") for row, options in SETTINGS.items() if row in results})
+    text += changes(results, "Tried and not kept, by the version that the results name:", {
+        row: TRIED.get(row, (f"`{row}`", "udon")) for row in sorted(results.keys() - ROWS.keys())})
     oracle = [("specialists-64", None, "8 specialists, 64-d"),
               ("specialists-256", None, "8 specialists, 256-d: 8 separate teachers"),
               ("specialists-256-twice", None, "the same, trained twice as long"),

@@ -59,7 +59,8 @@ def made_up(row, seed, recall, **changes):
 
 def test_tables(tmp_path):
     results = {"usc-rr": [0.30, 0.32, 0.34], "udon": [0.35, 0.36, 0.40], "udon-paper": [0.33, 0.36, 0.36],
-               "udon-paper-rr": [0.32, 0.33, 0.34], "no-logit": [0.31], "folly": [0.1]}
+               "udon-paper-rr": [0.32, 0.33, 0.34], "no-logit": [0.31], "scale-32": [0.4], "paper-period-25": [0.5],
+               "folly": [0.1]}
     for row, recalls in results.items():
         for seed, recall in enumerate(recalls):
             file = tmp_path / "results" / row / f"seed{seed}.json"
@@ -81,7 +82,10 @@ def test_tables(tmp_path):
     differences = [5.0, 4.0, 6.0]
     assert f"+5.0 (p = {ablation.p_value(differences):.3f})" in row
     assert "| `no-logit` | 31.0 |" in text, "one seed has no interval"
-    gone = text.split("Tried and not kept")[1]
+    settings, gone = text.split("One setting changed")[1].split("Tried and not kept")
+    assert "| `--scale 32` | UDON, the default of `mini` | 40.0 | 20.0 | +5.0 | +5.0 | +2.5 | 1 |" in settings
+    assert "| `--period 25` | UDON as published | 50.0 | 25.0 | +17.0 | +17.0 | +8.5 | 1 |" in settings
+    assert "scale-32" not in text.split("Variations")[1].split("One setting")[0]
     assert "| `folly` | UDON, the default of `mini` | 10.0 |" in gone, "a row that has gone keeps its results"
     assert "| images, UDON as published | 1.0 | 3.0 |" in text and "| weight after step 9, % | 25.0 | 75.0 |" in text
     gain = f"+2.0 (p = {ablation.p_value([1.0, 3.0, 2.0]):.3f})"
