@@ -6,7 +6,7 @@
 
 A row is a command: `python udon.py train` with the options in ROWS, one run a seed, each on one thread. A finished run is one
 file, results/ablation/<row>/seed<N>.json; a run that was stopped goes on from its last checkpoint in runs/ablation/. Every row
-is given the same number of images, the specialists all together, or each so many times its part as TIMES says.
+is given the same number of images, the specialists all together, but for those whose names say twice.
 """
 
 import json
@@ -51,6 +51,7 @@ ROWS = {
     "distill-1": (MAIN, "--method distill --distill-into-backbone", "teachers"),
     "specialists-256-twice": (MAIN, "--method usc --student-dim 256", None),
     "distill-8-twice": (MAIN, "--method distill --distill-into-backbone", "specialists-256-twice"),
+    "udon-twice": (MAIN, "--epochs 12", None),
     "backbone": (1, "--method backbone", None),
     "usc-size": (SHORT, "--method usc --sampler size", None),
     "ujc-size": (SHORT, "--method ujc --sampler size", None),
@@ -299,20 +300,22 @@ LABELS = {
     "distill-8-paper": "the same, negatives as published",
     "distill-1": "distilled from 1 separate teacher model", "udon-paper": "UDON as published",
     "udon-paper-rr": "UDON as published, round robin", "udon": "**UDON, the default of `mini`**",
+    "udon-twice": "UDON trained twice as long",
 }
 SYSTEMS = ("backbone", "usc-rr", "usc-size", "ujc-rr", "ujc-size", "ujc-margin", "distill-8", "distill-8-twice",
-           "distill-8-paper", "distill-1", "udon-paper-rr", "udon-paper", "udon")
+           "distill-8-paper", "distill-1", "udon-paper-rr", "udon-paper", "udon", "udon-twice")
 
 
 def time_of(times, row):
-    """Time of a row's training, its teachers' included, by that of an image of usc's with the backbone trained; NaN where it was not
-    measured."""
+    """Time of a row's training, its teachers' included, by that of as many images as a row has, with usc's backbone trained; NaN where
+    it was not measured."""
     if row not in times:
         return math.nan
     config = config_of(row)
     frozen = config.frozen_epochs / config.epochs
     own = (1 - frozen) * times[row]["to_usc"] + frozen * times[row]["frozen_to_usc"]
-    return TIMES.get(row, 1) * own + (time_of(times, ROWS[row][2]) if ROWS[row][2] else 0)
+    own *= TIMES.get(row, 1) * config.epochs / udon.Config.epochs
+    return own + (time_of(times, ROWS[row][2]) if ROWS[row][2] else 0)
 
 
 def ratio_or_nothing(ratio):
