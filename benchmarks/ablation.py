@@ -307,8 +307,8 @@ SYSTEMS = ("backbone", "usc-rr", "usc-size", "ujc-rr", "ujc-size", "ujc-margin",
 
 
 def time_of(times, row):
-    """Time of a row's training, its teachers' included, by that of as many images as a row has, with usc's backbone trained; NaN where
-    it was not measured."""
+    """Time of a row's training, its teachers' included, by that of usc on the images of a row, its backbone trained throughout; NaN
+    where it was not measured."""
     if row not in times:
         return math.nan
     config = config_of(row)
