@@ -11,7 +11,7 @@
    discarded row can belong to the result. Queries of which that cannot be said go to the reference; if they are many, copies
    in the index are the cause: the search is over distinct rows, and copies are put back into the result.
 Few pairs or few rows are not grouped: their float32 scores stay, and whatever is no further below the k-th best than the noise is
-scored in float64, by numpy, whose calls cost less.
+scored in float64, by numpy, whose calls cost less. Where that is too much, they are grouped all the same.
 Copy with: the folder kernels/, torch, numpy.
 """
 
@@ -31,7 +31,6 @@ from kernels.reference import NOTHING, ONE
 # twice as long with AVX-512 and a tenth longer with AVX2 (torch 2.13, 2026-11).
 LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 least, most = np.minimum.reduce, np.maximum.reduce           # which a method's call is twice as long as, for a few values
-EMPTY = torch.empty(0, dtype=torch.float32)
 GROUP = 16                     # rows; also groups in a supergroup
 QUERY_BLOCK = 736              # queries of a tile: rows a power of two apart would crowd into the same places of the cache
 TILE = 512 * QUERY_BLOCK       # values, 1.5 MB
@@ -41,29 +40,50 @@ MAXIMA = 3 * 2**17             # rows, of all threads' chunks together: 72 MB of
 NORMALISED = 2**23             # values, 32 MB: where the index must be normalised first, no more of it at a time
 STATE = 2**20                  # best groups of all queries that are on their way through the index together: 12 MB
 GATHERED = 2**18               # values, 1 MB: rows of the best groups, scored again; of one query up to 8 times more
+PRODUCT = 2**27                # values of few pairs: a millisecond
 FEW = 2**18                    # values of all pairs: up to these numpy's product takes no threads, and less to call than torch's
 DIRECT = 8192                  # rows: so few are not grouped
 SCORES = 2**20                 # float32, 4 MB: of all pairs, if they are no more; else of so few rows at a time
 SPARE = 2                      # groups kept more than k
 
 
+_entering, _inside = threading.Lock(), []            # of _single_threaded, which changes what belongs to the whole process
+
+
 @contextmanager
 def _single_threaded():
-    """Products of full precision on one thread each; yields how many there were."""
-    threads, product = torch.get_num_threads(), torch.backends.mkldnn.matmul
-    precision = product.fp32_precision
-    try:
+    """Products of full precision on one thread each; yields how many there were. The first call in sets both, the last one out
+    resets both."""
+    product = torch.backends.mkldnn.matmul
+    with _entering:
+        if not _inside:
+            before, product.fp32_precision = product.fp32_precision, "none"                   # none: inherited
+            state = torch.get_num_threads(), "none" if product.fp32_precision == before else before
+            product.fp32_precision = "ieee"
+        else:
+            state = _inside[0]
+        _inside.append(state)
         torch.set_num_threads(1)
-        product.fp32_precision = "ieee"
-        yield threads
+    try:
+        yield state[0]
     finally:
-        torch.set_num_threads(threads)
-        product.fp32_precision = precision
+        with _entering:
+            _inside.pop()
+            torch.set_num_threads(state[0])
+            if not _inside:
+                product.fp32_precision = state[1]
+
+
+def _are_few(queries, index):
+    """Few float32 pairs, as numpy takes them: not worth threads."""
+    pairs = len(queries) * len(index)
+    return (queries.dtype == index.dtype == torch.float32 and 0 < pairs <= SCORES and 0 < pairs * index.shape[1] <= PRODUCT
+            and queries.is_contiguous() and index.is_contiguous())
 
 
 def few(queries, index, k, exclude=None):
-    """reference.result for few float32 pairs, none of whose steps need threads; None for others, and where _direct gives up."""
-    if not (queries.dtype == index.dtype == torch.float32 and 0 < len(queries) * len(index) <= SCORES and index.shape[1]):
+    """reference.result for few pairs; None for others, and where _direct gives up."""
+    if not _are_few(queries, index):
         return None
     a, b = queries.numpy(), index.numpy()
     barred = None if exclude is None else exclude.numpy()
@@ -79,45 +99,50 @@ def topk(queries, index, k, exclude=None):
     keep, width = k + SPARE, queries.shape[1]
     if not len(queries) or len(index) < 4 * keep or not width or GROUP * keep * max(width, keep) > 8 * GATHERED:
         return reference.topk(queries, index, k, exclude)
+    few_rows = len(index) <= DIRECT and index.numel() <= NORMALISED and not _are_few(queries, index)      # few has given up then
     with _single_threaded() as threads, ThreadPoolExecutor(threads) as workers:
         spread = workers.map if threads > 1 else map
-        keys = _through_few_rows(queries, index, k, exclude, threads, spread) if len(index) <= DIRECT else None
+        keys = _through_few_rows(queries, index, k, exclude, threads, spread) if few_rows else None
         return _topk(queries, index, k, exclude, threads, spread) if keys is None else keys
 
 
 def _through_few_rows(queries, index, k, exclude, threads, spread):
     """(Q, k) keys by _direct, None where it gives up."""
-    if torch.float64 in (queries.dtype, index.dtype):
-        return None
-    rows = index.float().contiguous()
-    size, product = max(1, min(SCORES // len(index), -(-len(queries) // threads))), _product(rows, _Memory())
+    rows, keys, given_up = index.float().contiguous(), torch.empty(len(queries), k, dtype=torch.int64), []
+    size = max(1, min(SCORES // len(index), NORMALISED // 4 // index.shape[1], -(-len(queries) // threads)))
+    product = _product(rows, _Memory())
 
     def search(top):
-        block, barred = queries[top:top + size].float(), None if exclude is None else exclude[top:top + size].numpy()
-        return _direct(block.numpy(), rows.numpy(), k, barred, lambda: product(block).numpy())
+        if given_up:
+            return
+        mine, barred = queries[top:top + size], None if exclude is None else exclude[top:top + size].numpy()
+        block = mine.float().contiguous()
+        precise = [(whole if whole.dtype == torch.float64 else short).numpy() for whole, short in ((mine, block), (index, rows))]
+        found = _direct(block.numpy(), rows.numpy(), k, barred, lambda: product(block).numpy(), *precise)
+        if found:
+            keys[top:top + size] = reference.as_keys(*map(torch.from_numpy, found))
+        else:
+            given_up.append(top)
 
-    found = []
-    for part in spread(search, range(0, len(queries), size)):
-        if part is None:
-            return None
-        found.append(reference.as_keys(torch.from_numpy(part[0]), torch.from_numpy(part[1])))
-    return torch.cat(found)
+    list(spread(search, range(0, len(queries), size)))
+    return None if given_up else keys
 
 
-def _direct(queries, index, k, exclude, product):
-    """float32 arrays (Q, D), (G, D), Q G no more than memory takes; product() -> queries @ index.T, to be overwritten -> scores
-    (Q, k) float64, whole numbers, descending, and rows (Q, k) int64.
+def _direct(queries, index, k, exclude, product, precise_queries=None, precise_index=None):
+    """float32 arrays (Q, D), (G, D), their float64 originals where they have some, and product() -> queries @ index.T, to be
+    overwritten -> scores (Q, k) float64, whole numbers, descending, and rows (Q, k) int64.
 
     All pairs that float32 does not rule out are scored in float64: those no further below the query's k-th best than its noise.
-    None where that is no use: where too many are that near, and for rows whose norm strains float32, or is 0 or not finite.
+    None where that is no use: where too many are that near, and for rows whose norm strains float32 or is not finite.
     """
     (count, width), total = queries.shape, len(index)
-    with np.errstate(all="ignore"):
-        squares, asked = np.vecdot(index, index), np.vecdot(queries, queries)
-    if not (least(squares) > 1e-30 and most(squares) < 1e30 and least(asked) > 1e-30 and most(asked) < 1e30):
+    precise_queries = queries if precise_queries is None else precise_queries
+    precise_index = index if precise_index is None else precise_index
+    norms, asked = _norms(index), _norms(queries)
+    if norms is None or asked is None:
         return None
     cosines = product()                                                        # but for the query's norm, which changes no order
-    cosines /= np.sqrt(squares)
+    cosines /= norms
     if exclude is not None:
         barred = np.flatnonzero(exclude >= 0)
         cosines[barred, exclude[barred]] = -np.inf
@@ -125,29 +150,42 @@ def _direct(queries, index, k, exclude, product):
     if count * total > 4096 and total >= 32 * k:      # the k-th best of groups' maxima is not above that of all, nor far below
         several = total // 8
         maxima = torch.from_numpy(cosines)[:, :8 * several].unflatten(1, (8, several)).amax(1).numpy()
-    bound = np.partition(maxima, several - k, axis=1)[:, several - k] - np.sqrt(asked) * ((2 * width + 40) * 2.0**-24)
-    near = np.flatnonzero(cosines >= bound[:, None])
-    if len(near) > (4 * k + 16) * count:
+    noise = (3 * width + 40) * 2.0**-24                                        # of two cosines
+    near = np.flatnonzero(cosines >= (np.partition(maxima, several - k, axis=1)[:, several - k] - noise * asked)[:, None])
+    if len(near) > max((4 * k + 16) * count + total, FEW // width):                # + total: of one query all may be
         return None
     query, row = np.divmod(near, total) if count > 1 else (None, near)
     scores, step = np.empty(len(near)), max(1, 2**15 // width)                 # steps whose float64 values stay in the cache
     for top in range(0, len(near), step):
-        some = slice(top, top + step)
-        a = (queries if count == 1 else queries[query[some]]).astype(np.float64)
-        b = index[row[some]].astype(np.float64)
-        exact = ONE * np.vecdot(a, b) / np.sqrt(np.vecdot(a, a) * np.vecdot(b, b))
-        scores[some] = part = np.rint(exact)
+        a = precise_queries if count == 1 else precise_queries[query[top:top + step]]
+        b = precise_index[row[top:top + step]]
+        wide, other = a.astype(np.float64), b.astype(np.float64)
+        norm = np.sqrt(np.vecdot(wide, wide) * np.vecdot(other, other))
+        exact = ONE * np.vecdot(wide, other) / np.maximum(norm, 1e-200)        # 0 where a norm is
+        scores[top:top + step] = part = np.rint(exact)
         doubt = np.abs(exact - part)
         if most(doubt) > (sure := 0.5 - ONE * (2 * width + 16) * 2.0**-52):
             some = np.flatnonzero(doubt > sure)
             pairs = torch.from_numpy(np.broadcast_to(a, b.shape)[some]), torch.from_numpy(b[some])
-            scores[top + some] = reference.scores(*(part[:, None] for part in pairs))[:, 0]
+            scores[top + some] = reference.scores(*(side[:, None] for side in pairs))[:, 0]
     if count == 1:
         order = (-scores).argsort(kind="stable")[None, :k]                     # rows ascend already
     else:
         order = np.argsort(query * 2.0**26 - scores, kind="stable")            # by the query, then by the score
         order = order[np.searchsorted(query, np.arange(count))[:, None] + np.arange(k)]
-    return scores[order], row[order]
+    return scores[order] + 0.0, row[order]                                     # + 0: there is no -0
+
+
+def _norms(rows):
+    """(n, D) float32 -> (n,), 1 for a row of zeros alone; None where one strains float32 or is not finite."""
+    with np.errstate(all="ignore"):
+        squares = np.vecdot(rows, rows)
+    if not least(squares):
+        zero = np.flatnonzero(squares == 0)
+        if rows[zero].any():
+            return None
+        squares[zero] = 1
+    return np.sqrt(squares) if least(squares) > 1e-30 and most(squares) < 1e30 else None
 
 
 def _topk(queries, index, k, exclude, threads, spread):
@@ -199,7 +237,7 @@ def _through(queries, index, among, k, exclude, threads, spread):
     noise = 2 * width + 40  # of scores that are 2^24 times
     whole = rows - rows % GROUP**2 if rows > GROUP * (keep + GROUP) else 0                             # the others are the tail
     size = min(QUERY_BLOCK, -(-len(queries) // threads))
-    blocks = [slice(top, top + size) for top in range(0, len(queries), size)]
+    blocks = [slice(top, min(top + size, len(queries))) for top in range(0, len(queries), size)]
     groups = torch.zeros(len(queries), keep if whole else 0, dtype=torch.int64)
     maxima = torch.full((len(queries), keep), -torch.inf, dtype=torch.float32)
     keys, sure = torch.empty(len(queries), k, dtype=torch.int64), torch.empty(len(queries), dtype=torch.bool)
@@ -239,7 +277,8 @@ def _through(queries, index, among, k, exclude, threads, spread):
             if ((maxima[block][:, k - 1] - maxima[block][:, -1]) * ONE < noise).double().mean() > 1 / 8:
                 return None
         list(spread(reduce, blocks[len(first):]))
-    tail = take(slice(whole, rows))
+    tail = take(slice(whole, rows)).clone()                                                            # it may lie in memory
+    size = max(1, min(size, SCORES // (keep * GROUP + len(tail))))
 
     def rank(block):
         """The rows of the best groups, and those of no whole group, by float32; the best of these by the reference."""
@@ -260,7 +299,7 @@ def _through(queries, index, among, k, exclude, threads, spread):
         discarded = torch.maximum(maxima[block][:, -1], scores[:, -1]).double() * ONE + noise
         sure[block] = (keys[block][:, -1] >> 32) > discarded
 
-    list(spread(rank, blocks))
+    list(spread(rank, [slice(top, min(top + size, b.stop)) for b in blocks for top in range(b.start, b.stop, size)]))
     return None if among is None and sure.double().mean() < 7 / 8 else (keys, sure)
 
 
@@ -325,6 +364,7 @@ def _best_groups(queries, index, keep, memory):
 
 def _product(right, memory):
     """A function: rows (n, D) -> rows @ right.T (n, m), all float32, good until it is called again in the same thread."""
+    right = right.contiguous()                                                 # or oneDNN takes hundreds of times as long
     if LINEAR:
         return lambda rows: LINEAR(rows, right, None, "none", [], "")
     columns = right.T.contiguous()
@@ -335,7 +375,7 @@ class _Memory(threading.local):
     """memory(name, *shape) -> float32, not cleared: the thread's own, handed out again and again; new pages cost a tenth of all."""
 
     def __call__(self, name, *shape):
-        size = math.prod(shape)
-        if getattr(self, name, EMPTY).numel() < size:
+        size, buffer = math.prod(shape), getattr(self, name, None)
+        if buffer is None or buffer.numel() < size:
             setattr(self, name, torch.empty(size, dtype=torch.float32))
         return getattr(self, name)[:size].view(shape)

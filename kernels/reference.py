@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 QUERY_BLOCK, INDEX_BLOCK = 1024, 2048     # 16 MB of float64 scores
+RESULT_BLOCK = 2**16                      # queries, whose keys are unpacked at a time
 PAIR_BLOCK = 2**19                        # values, 4 MB of float64: pairs scored at a time, times D
 ONE = 2**24                               # the score 1
 NOTHING = -(2**63)                        # a key below that of any score
@@ -55,7 +56,12 @@ def as_keys(scores, rows):
 
 
 def result(keys):
-    return ((keys >> 32) / ONE).float(), 2**32 - 1 - (keys & (2**32 - 1))
+    """Overwrites its argument."""
+    scores = torch.empty(keys.shape, dtype=torch.float32, device=keys.device)
+    for part, out in zip(keys.split(RESULT_BLOCK), scores.split(RESULT_BLOCK)):
+        out.copy_(part >> 32).div_(ONE)
+        part.bitwise_and_(2**32 - 1).neg_().add_(2**32 - 1)
+    return scores, keys
 
 
 def merged(parts, firsts, k):

@@ -12,6 +12,8 @@ import torch
 
 from kernels import cpu, reference
 
+TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def cosine_topk(queries, index, k, *, exclude=None, backend="auto"):
     """The k rows of `index` most similar to each query: exhaustive search, similarities told apart down to 2^-24.
@@ -21,13 +23,13 @@ def cosine_topk(queries, index, k, *, exclude=None, backend="auto"):
     Returns scores (Q, k) float32 in [-1, 1], descending, and rows (Q, k) int64 on the queries' device. Rows of equal score come
     in ascending order. Scores are computed in float64 and rounded to multiples of 2^-24, so that rounding noise does not order
     equal vectors (unless their cosine is within 1e-9 of the middle between two multiples). The result is the same, bit for
-    bit, whatever the blocks, the threads and the batches of queries. Memory beside inputs and result: about 80 MB, and 10 MB
-    a thread.
+    bit, whatever the blocks, the threads and the batches of queries. Memory beside inputs and result on a CPU: about 80 MB, and
+    10 MB a thread; where rows stand in the index again and again, 32 bytes a row more.
     backend: "torch", "triton" (a GPU, or Triton's interpreter; k to 64, D to 1024), or "auto": triton where the queries are on a
     GPU and k and D allow it, else torch. The result is the same.
     Raises ValueError for shapes, types or values that do not fit, and for k above the number of rows left to a query.
     """
-    queries, index = torch.as_tensor(queries).detach(), torch.as_tensor(index).detach()
+    queries, index = torch.as_tensor(queries).detach().resolve_neg(), torch.as_tensor(index).detach().resolve_neg()
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend {backend!r} is unknown: use 'auto', 'torch' or 'triton'")
     exclude = _validated(queries, index, k, exclude)
@@ -55,13 +57,16 @@ def cosine_topk(queries, index, k, *, exclude=None, backend="auto"):
 
 def _validated(queries, index, k, exclude):
     for name, matrix in (("queries", queries), ("index", index)):
-        if matrix.ndim != 2 or not matrix.is_floating_point():
-            raise ValueError(f"{name} are {tuple(matrix.shape)} {matrix.dtype}: they must be two-dimensional and floating point")
+        if matrix.ndim != 2 or matrix.dtype not in TYPES or matrix.layout != torch.strided:
+            layout = "" if matrix.layout == torch.strided else f" {matrix.layout}"
+            raise ValueError(f"{name} are {tuple(matrix.shape)} {matrix.dtype}{layout}: they must be two-dimensional, dense and "
+                             "floating point of 16, 32 or 64 bits")
     if queries.shape[1] != index.shape[1]:
         raise ValueError(f"queries have {queries.shape[1]} dimensions, the index has {index.shape[1]}: they must have the same")
     left = len(index)
     if exclude is not None:
         exclude = torch.as_tensor(exclude, device=queries.device)
+        exclude = exclude if exclude.numel() else exclude.long()                    # an empty list is of floats
         if exclude.shape != queries.shape[:1] or exclude.is_floating_point() or exclude.dtype == torch.bool:
             raise ValueError(f"exclude is {tuple(exclude.shape)} {exclude.dtype}: it must hold one integer for each of the "
                              f"{len(queries)} queries")
@@ -73,6 +78,6 @@ def _validated(queries, index, k, exclude):
         left -= int((exclude >= 0).any())
     if left < 1:
         raise ValueError(f"the index has {len(index)} rows, which leaves none to a query: give at least one more")
-    if not isinstance(k, numbers.Integral) or not 1 <= k <= left:
+    if not isinstance(k, numbers.Integral) or isinstance(k, bool) or not 1 <= k <= left:
         raise ValueError(f"k is {k!r}: it must be a whole number from 1 to {left}, the rows of the index less the excluded one")
     return exclude

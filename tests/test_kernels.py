@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -55,6 +56,11 @@ def cosines(queries, index):
         norms = np.sqrt((vectors * vectors).sum(1, keepdims=True))
         sides.append(vectors / np.where(norms == 0, 1, norms))
     return sides[0] @ sides[1].T
+
+
+def same_bits(found, expected):
+    """Of scores (the sign of a zero too) and rows."""
+    return torch.equal(found[0].view(torch.int32), expected[0].view(torch.int32)) and torch.equal(found[1], expected[1])
 
 
 def check(queries, index, k, exclude=None):
@@ -388,9 +394,9 @@ def test_the_cpu_path_is_the_reference_bit_for_bit(data):
     sizes = {"QUERY_BLOCK": draw(st.sampled_from((1, 7, 512))), "TILE": draw(st.sampled_from((1, 2**14, 2**19))),
              "TILES": draw(st.sampled_from((1, 8))), "CHUNK": draw(st.sampled_from((1, 700, 2**18))),
              "MAXIMA": draw(st.sampled_from((1500, 2**19))), "NORMALISED": draw(st.sampled_from((2**12, 2**23))),
-             "STATE": draw(st.sampled_from((100, 2**21))), "GATHERED": draw(st.sampled_from((2**15, 2**18))), "SCORES": draw(st.sampled_from((1, 5000, 2**18))),
-             "SPARE": draw(st.sampled_from((2, 9))), "DIRECT": draw(st.sampled_from((0, 8192))),
-             "LINEAR": draw(st.sampled_from((None, cpu.LINEAR)))}
+             "STATE": draw(st.sampled_from((100, 2**21))), "GATHERED": draw(st.sampled_from((2**15, 2**18))),
+             "SCORES": draw(st.sampled_from((1, 5000, 2**20))), "SPARE": draw(st.sampled_from((2, 9))),
+             "DIRECT": draw(st.sampled_from((0, 8192))), "LINEAR": draw(st.sampled_from((None, cpu.LINEAR)))}
     threads = draw(st.sampled_from((1, 2)))
     try:
         torch.set_num_threads(threads)
@@ -403,14 +409,14 @@ def test_the_cpu_path_is_the_reference_bit_for_bit(data):
 
 
 @PROPERTY
-@given(st.sampled_from(KINDS), st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 700), st.sampled_from((1, 3, 64, 300)), st.data())
+@given(st.sampled_from(KINDS), st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 700), st.sampled_from((1, 3, 64, 300)),
+       st.data())
 def test_few_pairs_are_ranked_as_by_the_reference(kind, seed, q, g, d, data):
     queries, index = made_search(kind, seed, q, g, d)
     exclude = torch.randint(-1, g, (q,)) if g > 1 and data.draw(st.booleans()) else None
     k = data.draw(st.integers(1, min(40, g - (exclude is not None))))
-    for one, other in zip(cosine_topk(queries, index, k, exclude=exclude),
-                          reference.result(reference.topk(queries, index, k, exclude))):
-        assert torch.equal(one, other)
+    found = cosine_topk(queries, index, k, exclude=exclude)
+    assert same_bits(found, reference.result(reference.topk(queries, index, k, exclude)))
 
 
 def test_a_score_that_rounding_noise_leaves_in_doubt_is_the_references():
@@ -419,12 +425,116 @@ def test_a_score_that_rounding_noise_leaves_in_doubt_is_the_references():
     steps = cosines(queries, index) * GRID
     q, g = next(zip(*np.nonzero(np.abs(np.abs(steps - np.rint(steps)) - 0.5) < 4e-7)))
     some = torch.tensor([g, *range(39)])
-    for count in (1, 2):
+    for query in (queries[q:q + 1], queries[q:q + 1].repeat(2, 1)):
         with patch.object(cpu.reference, "scores", side_effect=reference.scores) as asked:
-            found = cosine_topk(queries[q:q + 1].repeat(count, 1), index[some], 40)
+            found = cosine_topk(query, index[some], 40)
         assert asked.call_count == 1, f"the reference was asked {asked.call_count} times"
-        for one, other in zip(found, reference.result(reference.topk(queries[q:q + 1].repeat(count, 1), index[some], 40))):
-            assert torch.equal(one, other)
+        assert same_bits(found, reference.result(reference.topk(query, index[some], 40)))
+
+
+def test_a_score_in_doubt_is_scored_from_the_values_given():
+    """Not from float64 copies of them, which the reference would scale first: a pair that tells the two apart."""
+    query = torch.tensor([[-0.5561866164207458, -0.9104922413825989, -0.08157529681921005]])
+    row = torch.tensor([[-0.3399828374385834, -1.0902106761932373, 1.3679170608520508]])
+    expected = reference.scores(query[:, None], row[None])[0, 0].item()
+    assert expected != reference.scores(query[:, None].double(), row[None].double())[0, 0].item(), "the pair tells nothing"
+    for queries in (query, query.repeat(2, 1)):
+        assert (cosine_topk(queries, row, 1)[0].double() * GRID == expected).all()
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("distinct, copies, q, d", ((900, 30, 500, 384), (512, 20, 300, 16), (9216, 3, 50, 16), (600, 20, 100, 256)))
+def test_copies_of_more_rows_than_a_tail(threads, distinct, copies, q, d):
+    """The distinct rows are searched by groups; what belongs to no group must not lie where other rows are gathered, and may be
+    nothing."""
+    queries, index = random_search(19, q, distinct, d)
+    index = index.repeat(copies, 1)
+    try:
+        torch.set_num_threads(threads)
+        found = cosine_topk(queries, index, 6)
+    finally:
+        torch.set_num_threads(1)
+    assert same_bits(found, reference.result(reference.topk(queries, index, 6)))
+
+
+def test_there_is_no_negative_zero():
+    queries, index = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1e-9, 1.0], [0.0, 1.0]])
+    for dtype in (torch.float32, torch.float64):
+        assert not torch.signbit(cosine_topk(queries.to(dtype), index.to(dtype), 2)[0]).any()
+
+
+@pytest.mark.parametrize("where", ("index", "queries"))
+def test_a_row_of_zeros_costs_no_detour(where):
+    sides = dict(zip(("queries", "index"), random_search(20, 300, 300, 16)))
+    sides[where][7] = 0
+    with patch.object(cpu, "_topk", side_effect=AssertionError("given up")):
+        found = cosine_topk(sides["queries"], sides["index"], 6)
+    assert same_bits(found, reference.result(reference.topk(sides["queries"], sides["index"], 6)))
+
+
+@pytest.mark.parametrize("q, g", ((2, 300), (100, 3000), (300, 9001)))
+def test_onednn_is_given_whole_matrices_alone(q, g):
+    """With strides it takes hundreds of times as long."""
+    if cpu.LINEAR is None:
+        pytest.skip("this torch has no oneDNN")
+    wide, index = random_search(21, q, g, 96)
+
+    def product(left, right, *others):
+        assert left.is_contiguous() and right.is_contiguous()
+        return linear(left, right, *others)
+
+    linear = cpu.LINEAR
+    for cut in (lambda rows: rows[:, :64], lambda rows: rows[:, ::2], lambda rows: rows.T.contiguous().T):
+        with patch.object(cpu, "LINEAR", product):
+            found = cosine_topk(cut(wide), cut(index), 6)
+        assert same_bits(found, cosine_topk(cut(wide).contiguous(), cut(index).contiguous(), 6))
+
+
+def test_searches_at_the_same_time_leave_the_settings_as_they_were():
+    """Several Python threads: the first in changes what is the process's, the last out resets it, and no other sees a change."""
+    queries, index = random_search(22, 300, 3000, 64)
+    expected, seen = cosine_topk(queries, index, 6), []
+    direct = cpu._direct
+
+    def watched(*arguments):
+        seen.append((torch.get_num_threads(), torch.backends.mkldnn.matmul.fp32_precision))
+        return direct(*arguments)
+
+    torch.set_float32_matmul_precision("medium")
+    torch.set_num_threads(2)
+    try:
+        with patch.object(cpu, "_direct", watched), ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda _: (cosine_topk(queries, index, 6), torch.get_num_threads()), range(40)))
+        assert torch.get_num_threads() == 2 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("highest")
+    assert all(same_bits(found, expected) and threads == 2 for found, threads in results)
+    assert set(seen) == {(1, "ieee")}
+
+
+def test_an_inherited_precision_stays_inherited():
+    queries, index = random_search(23, 300, 3000, 64)
+    try:
+        torch.backends.mkldnn.matmul.fp32_precision, torch.backends.mkldnn.fp32_precision = "none", "bf16"
+        cosine_topk(queries, index, 6)
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        torch.backends.mkldnn.fp32_precision = "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee", "a search has made its own of it"
+    finally:
+        torch.backends.mkldnn.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_scores_do_not_depend_on_the_default_type(dtype):
+    queries, index = random_search(24, 300, 9001, 16)
+    expected = cosine_topk(queries, index, 6)
+    torch.set_default_dtype(dtype)
+    try:
+        found = cosine_topk(queries, index, 6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same_bits(found, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -568,6 +678,9 @@ def with_value(matrix, row, value):
     ((Q, G, 1), {"exclude": torch.zeros(3, dtype=torch.bool)}, "exclude is .*bool: it must hold one integer"),
     ((Q, G, 1), {"exclude": torch.tensor([0, 6, 1])}, "exclude holds 6: it must hold rows of the index, 0 to 5, or -1"),
     ((Q, G, 1), {"exclude": torch.tensor([0, 1, -2])}, "exclude holds -2: it must hold rows of the index, 0 to 5, or -1"),
+    ((Q.to_sparse(), G, 1), {}, "queries are .* torch.sparse_coo: they must be .*dense"),
+    ((Q, G.to(torch.float8_e4m3fn), 1), {}, "index are .*float8_e4m3fn: they must be .*floating point of 16, 32 or 64 bits"),
+    ((Q, G, True), {}, "k is True: it must be a whole number"),
     ((Q, G, 1), {"backend": "cuda"}, "backend 'cuda' is unknown: use 'auto', 'torch'"),
 ))
 def test_errors_name_the_value_and_the_remedy(arguments, options, sentence):
