@@ -443,7 +443,8 @@ def test_a_score_in_doubt_is_scored_from_the_values_given():
 
 
 @pytest.mark.parametrize("threads", (1, 2))
-@pytest.mark.parametrize("distinct, copies, q, d", ((900, 30, 500, 384), (512, 20, 300, 16), (9216, 3, 50, 16), (600, 20, 100, 256)))
+@pytest.mark.parametrize("distinct, copies, q, d", (
+    (900, 30, 500, 384), (512, 20, 300, 16), (9216, 3, 50, 16), (600, 20, 100, 256)))
 def test_copies_of_more_rows_than_a_tail(threads, distinct, copies, q, d):
     """The distinct rows are searched by groups; what belongs to no group must not lie where other rows are gathered, and may be
     nothing."""

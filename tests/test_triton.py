@@ -221,7 +221,8 @@ def compiled(kernel, gpu, types, constants, aligned, options):
 
 @to_be_compiled
 @pytest.mark.parametrize("value, tile, width, keep, strided", [kind + case for kind in KINDS for case in CASES] +
-                         [("fp16", "half", *CASES[0])])
+                         [("fp16", "half", *CASES[0]), ("fp32", "tf32", 64, 64, False), ("bf16", "half", 7, 64, True),
+                          ("fp32", "tf32", 48, 16, False)])
 @pytest.mark.parametrize("gpu", GPUS, ids=str)
 def test_compiles_for_gpus(gpu, value, tile, width, keep, strided):
     """Every tile: fits the shared memory, spills no register, uses the tensor cores, loads ahead."""
@@ -233,6 +234,9 @@ def test_compiles_for_gpus(gpu, value, tile, width, keep, strided):
     aligned = [*types, "part"] + regular * ["q_stride", "g_stride"]
     text = compiled(triton_topk.select, gpu, types, constants, aligned, triton_topk.LAUNCH[gpu[0]])
     assert (GPUS[gpu][1] in text) == (precision == "tf32" or gpu[0] == "hip")
+    if tile != "ieee":                                                                 # products of the type that was meant
+        name = "tf32" if tile == "tf32" else {"bf16": "bf16", "fp16": "f16"}[value]
+        assert re.search(rf"v_mfma_\w*{name.replace('tf', 'xf')}" if gpu[0] == "hip" else rf"mma\S*\.{name}\b", text)
     if gpu[0] == "cuda" and regular:
         assert "cp.async.wait_group" in text
 
