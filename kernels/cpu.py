@@ -138,7 +138,8 @@ def _direct(queries, index, k, exclude, product, precise_queries=None, precise_i
     (count, width), total = queries.shape, len(index)
     precise_queries = queries if precise_queries is None else precise_queries
     precise_index = index if precise_index is None else precise_index
-    norms, asked = _norms(index), _norms(queries)
+    with np.errstate(all="ignore"):
+        norms, asked = _norms(index), _norms(queries)
     if norms is None or asked is None:
         return None
     cosines = product()                                                        # but for the query's norm, which changes no order
@@ -178,14 +179,13 @@ def _direct(queries, index, k, exclude, product, precise_queries=None, precise_i
 
 def _norms(rows):
     """(n, D) float32 -> (n,), 1 for a row of zeros alone; None where one strains float32 or is not finite."""
-    with np.errstate(all="ignore"):
-        squares = np.vecdot(rows, rows)
-    if not least(squares):
-        zero = np.flatnonzero(squares == 0)
-        if rows[zero].any():
-            return None
+    squares = np.vecdot(rows, rows)
+    smallest = least(squares)
+    if smallest == 0:
+        zero = squares == 0
+        smallest = 0 if rows[zero].any() else least(squares, where=~zero, initial=1)
         squares[zero] = 1
-    return np.sqrt(squares) if least(squares) > 1e-30 and most(squares) < 1e30 else None
+    return np.sqrt(squares) if smallest > 1e-30 and most(squares) < 1e30 else None
 
 
 def _topk(queries, index, k, exclude, threads, spread):
