@@ -335,12 +335,12 @@ def pick(metric):
     return lambda result: result["mean"][metric]
 
 
-def line(results, times, row):
-    """One row of a table of systems."""
+def line(results, times, row, others=(BASELINE,)):
+    """One row of a table of systems, beside other rows."""
     runs = results[row]
     first = first_of(runs)
     metrics = [shown(list(map(pick(metric), runs.values()))) for metric in METRICS]
-    gains = [difference(results, row, BASELINE, pick(metric)) for metric in METRICS]
+    gains = [difference(results, row, other, pick(metric)) for other in others for metric in METRICS]
     ratio = ratio_or_nothing(time_of(times, row) / time_of(times, BASELINE))
     return "| " + " | ".join([LABELS.get(row, f"`{row}`"), *metrics, *gains, millions(first["parameters"]["trained"]),
                               millions(first["parameters"]["inference"]), ratio, str(len(runs))]) + " |"
@@ -366,7 +366,7 @@ HEADING = ("| system | R@1 | mMP@5 | R@1 − USC | mMP@5 − USC | trained, M | 
 def tables(results, times):
     """The README's tables as one text; `times`: "rows" of what step_overhead.py wrote."""
     text = [HEADING, *(line(results, times, row) for row in SYSTEMS if row in results)]
-    compared = [row for row in ("udon", "udon-paper-rr") if row in results]
+    compared = [row for row in ("udon", "udon-twice", "udon-paper-rr") if row in results]
     text += ["", "UDON against each, paired by seed, and its time in the other's:", "",
              "| UDON − | " + " | ".join(f"{LABELS[row].replace('*', '')}: R@1 | mMP@5 | time" for row in compared) + " |",
              "|---" * (3 * len(compared) + 1) + "|"]
@@ -378,7 +378,9 @@ def tables(results, times):
     others = [row for row in ROWS if row in results and row not in SYSTEMS and row not in SETTINGS
               and not row.startswith(("specialists", "teachers"))]
     if others:
-        text += ["", "Variations:", "", HEADING, *(line(results, times, row) for row in others)]
+        heading = HEADING.replace("| trained", "| R@1 − UDON | mMP@5 − UDON | trained").replace("---|---|", "---|---|---|---|", 1)
+        text += ["", "Variations of UDON, the default of `mini`:", "", heading,
+                 *(line(results, times, row, (BASELINE, "udon")) for row in others)]
     text += changes(results, "One setting changed, and the difference to the row changed:", {
         row: (f"`{' '.join(options.split()[-2:])}`", "udon" if not options.startswith(PAPER) else
               "udon-paper" if "dynamic" in options else "udon-paper-rr") for row, options in SETTINGS.items() if row in results})

@@ -1,4 +1,4 @@
-"""What the benchmarks share: types of options, which say what is wrong with a value; the processor's name, the machine's; a table's place."""
+"""What the benchmarks share: types of options, which say what is wrong with a value; the machine's description; a table's place."""
 
 import argparse
 import os

@@ -100,11 +100,13 @@ def test_every_row_is_a_valid_command():
 
 
 def test_times_of_a_row():
-    """Of 6 epochs one is frozen; a distilled student's teachers are trained before, or twice as long."""
+    """Of 6 epochs, or of 12, one is frozen; a distilled student's teachers are trained before, or twice as long."""
     times = {row: {"to_usc": whole, "frozen_to_usc": frozen} for row, whole, frozen in (
         ("usc-rr", 1.0, 0.4), ("specialists-256", 1.0, 0.4), ("distill-8", 1.3, 0.7), ("specialists-256-twice", 1.0, 0.4),
-        ("distill-8-twice", 1.3, 0.7), ("udon-twice", 1.1, 0.5), ("udon-paper", 1.2, 0.0), ("frozen-2", 1.2, 0.6))}
-    expected = {"usc-rr": 0.9, "distill-8": 0.9 + 1.2, "distill-8-twice": 1.8 + 1.2, "udon-twice": 2.1, "udon-paper": 1.0, "frozen-2": 1.0}
+        ("distill-8-twice", 1.3, 0.7), ("udon-twice", 1.1, 0.5),
+        ("udon-paper", 1.2, 0.0), ("frozen-2", 1.2, 0.6))}
+    expected = {"usc-rr": 0.9, "distill-8": 0.9 + 1.2, "distill-8-twice": 1.8 + 1.2, "udon-twice": 2.1, "udon-paper": 1.0,
+                "frozen-2": 1.0}
     for row, time in expected.items():
         assert math.isclose(ablation.time_of(times, row), time), row
     assert math.isnan(ablation.time_of(times, "distill-1"))

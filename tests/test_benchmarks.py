@@ -73,7 +73,8 @@ BAD = [(module, options, named) for module, lines in {
                 ("--dim 1.5", "'1.5'"), ("--out nowhere/x.json", "nowhere/x.json"), ("--nonsense", "--nonsense")),
     principal_axes: (("topk.md", "--data"), ("topk.md --data {uned} --k 0", "'0'"),
                      ("topk.md --data {uned} --out nowhere/x.json", "nowhere/x.json")),
-    step_overhead: (("--rounds 0", "'0'"), ("--rows backbone", "'backbone'"), ("--model nonsense", "'nonsense'"), ("--out nowhere/x.json", "nowhere/x.json"),
+    step_overhead: (("--rounds 0", "'0'"), ("--rows backbone", "'backbone'"),
+                    ("--model nonsense", "'nonsense'"), ("--out nowhere/x.json", "nowhere/x.json"),
                     ("--device nonsense", "nonsense")),
     topk_gpu: (("--k 0", "'0'"), ("--k 9 --index 8", "--index 8"), ("--dtype int8", "'int8'"), ("--out nowhere/x", "nowhere/x")),
 }.items() for options, named in lines]
