@@ -72,7 +72,7 @@ ROWS = {
     "micro-usc-rr": (SHORT, "--model micro --method usc", None),
     "micro-udon": (SHORT, "--model micro", None),
 }
-# One setting changed each, read on val: two seeds of each, of the default and of the published method.
+# One setting of the default or of the published method changed, read on val; two seeds, of which the tables say how many are there.
 FEW = 2
 SETTINGS = {
     "backbone-lr-1e-4": "--backbone-lr 1e-4", "backbone-lr-1e-3": "--backbone-lr 1e-3",
