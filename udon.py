@@ -188,7 +188,7 @@ def compute_losses(model, images, labels, domain, *, weights=(1, 1, 1, 1), relat
                    teachers=None):
     """The four losses of one batch, images (B, 3, H, W) and labels (B,) in 0..C-1, all of `domain`; -> Losses.
 
-    total = the mean of the four, weighted by `weights` in the order of Losses' fields; scale, temperature: see losses.py. Source: paper section 3.
+    total = the mean of the four, weighted by `weights` in their order; scale, temperature: see losses.py. Source: paper section 3.
     negatives  "domain": the student's classification loss is over the domain's C classes, as published; "all": over those of
                all domains, domain_margin added to the others' cosines: the student keeps the domains apart, as a merged
                index needs
