@@ -6,8 +6,10 @@
 
 Each contender is a process of its own that holds the same unit vectors and computes when it is told to; they are told one after
 another, round by round, so that a change of the machine's speed meets all. Time is processor time of the whole process, which
-others on the machine disturb least. Memory is what its peak grew by from the first call to the last. A peer's own building of an
-index is not counted, nor is normalisation: it is handed unit vectors. `product` selects nothing: it is the floor.
+others on the machine disturb least. A short search is repeated, each time with other queries: with the same ones the processor
+would foresee branches that depend on their values, as it cannot in use. Memory is what its peak grew by from the first call to
+the last. A peer's own building of an index is not counted, nor is normalisation: it is handed unit vectors. `product` selects
+nothing: it is the floor.
 """
 
 import argparse
@@ -39,7 +41,8 @@ CONTENDERS = ("product", "ours", "faiss", "torch", "torch, tiles", "numpy", "sci
 MODULES = {"faiss": "faiss", "scikit-learn": "sklearn", "usearch": "usearch"}
 PACKAGES = {"faiss": "faiss-cpu", "sklearn": "scikit-learn", "usearch": "usearch", "numpy": "numpy", "torch": "torch"}
 SLOW = {"usearch": 2**25, "scikit-learn": 2**30, "numpy": 2**30}               # pairs, above which a contender is left out
-AT_LEAST = 0.1                                                                 # seconds of a measurement: short calls are repeated
+AT_LEAST = 0.1                                                                 # seconds of a measurement: short calls are repeated,
+BATCHES, OTHERS = 100, 2**22                                                   # with other queries, no more than so many pairs
 BLOCK, SLAB = 512, 1024                                                        # queries, index rows of a tile
 COLUMNS = ("case", "k", "threads", "contender", "cpu_ms", "wall_ms", "to_product", "extra_mb", "same_rows_percent", "rounds",
            "machine", "versions", "date")
@@ -78,32 +81,33 @@ def unit_vectors(queries, index, width, kind):
     return asked, rows
 
 
-def contender(name, queries, index, k):
-    """-> a function without arguments that searches, and returns the rows (Q, k) or None."""
+def contender(name, batches, index, k):
+    """-> a function that searches for the queries (Q, D) of batches[number], and returns the rows (Q, k) or None."""
     import torch
     if name == "product":
-        tile = torch.empty(SLAB, min(BLOCK, len(queries)))
+        tile = torch.empty(SLAB, min(BLOCK, len(batches[0])))
 
-        def product():
-            for block in queries.split(BLOCK):
+        def product(number):
+            for block in batches[number].split(BLOCK):
                 columns = block.T.contiguous()
                 for slab in index.split(SLAB):
                     torch.mm(slab, columns, out=tile[:len(slab), :len(block)] if len(block) < BLOCK else tile[:len(slab)])
         return product
     if name == "ours":
         from kernels import cosine_topk
-        return lambda: cosine_topk(queries, index, k)[1]
+        return lambda number: cosine_topk(batches[number], index, k)[1]
     if name == "torch":
 
-        def formula():
+        def formula(number):
             unit = torch.nn.functional.normalize(index)
-            return torch.cat([(torch.nn.functional.normalize(block) @ unit.T).topk(k).indices for block in queries.split(BLOCK)])
+            found = [(torch.nn.functional.normalize(block) @ unit.T).topk(k).indices for block in batches[number].split(BLOCK)]
+            return torch.cat(found) if len(found) > 1 else found[0]
         return formula
     if name == "torch, tiles":
 
-        def tiles():
+        def tiles(number):
             found = []
-            for block in queries.split(BLOCK):
+            for block in batches[number].split(BLOCK):
                 values = torch.empty(len(block), 0)
                 rows = torch.empty(len(block), 0, dtype=torch.int64)
                 for left in range(0, len(index), 16 * SLAB):
@@ -113,13 +117,13 @@ def contender(name, queries, index, k):
                 found.append(rows)
             return torch.cat(found)
         return tiles
-    a, b = queries.numpy(), index.numpy()
+    a, b = [queries.numpy() for queries in batches], index.numpy()
     if name == "numpy":
 
-        def partition():
+        def partition(number):
             found = []
-            for top in range(0, len(a), BLOCK):
-                scores = a[top:top + BLOCK] @ b.T
+            for top in range(0, len(a[number]), BLOCK):
+                scores = a[number][top:top + BLOCK] @ b.T
                 rows = np.argpartition(scores, -k, axis=1)[:, -k:]
                 order = np.argsort(-np.take_along_axis(scores, rows, 1), axis=1)
                 found.append(np.take_along_axis(rows, order, 1))
@@ -130,13 +134,14 @@ def contender(name, queries, index, k):
         faiss.omp_set_num_threads(torch.get_num_threads())
         flat = faiss.IndexFlatIP(b.shape[1])
         flat.add(b)
-        return lambda: flat.search(a, k)[1]
+        return lambda number: flat.search(a[number], k)[1]
     if name == "scikit-learn":
         from sklearn.neighbors import NearestNeighbors
         neighbours = NearestNeighbors(n_neighbors=k, algorithm="brute", metric="cosine").fit(b)
-        return lambda: neighbours.kneighbors(a, return_distance=False)
+        return lambda number: neighbours.kneighbors(a[number], return_distance=False)
     import usearch.index
-    return lambda: usearch.index.search(b, a, k, usearch.index.MetricKind.IP, exact=True, threads=torch.get_num_threads()).keys
+    return lambda number: usearch.index.search(b, a[number], k, usearch.index.MetricKind.IP, exact=True,
+                                               threads=torch.get_num_threads()).keys
 
 
 def start(*arguments):
@@ -168,21 +173,24 @@ def serve(name, case, k, threads, pipe):
     import torch
     torch.set_num_threads(threads)
     shape, _, kind = case.partition(" ")
-    queries, index = unit_vectors(*map(int, shape.split("x")), kind)
-    search = contender(name, queries, index, k)
+    count, size, width = map(int, shape.split("x"))
+    queries, index = unit_vectors(count * max(1, min(BATCHES, OTHERS // (count * size))), size, width, kind)
+    batches = queries.split(count)
+    search = contender(name, batches, index, k)
     gc.collect()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with torch.inference_mode():
-        search()
+        search(0)
         started = time.perf_counter()
-        rows = search()
+        search(0)
         calls = max(1, round(AT_LEAST / (time.perf_counter() - started)))
         pipe.send(None)
         while pipe.recv() == "go":
             started = time.process_time(), time.perf_counter()
-            for _ in range(calls):
-                rows = search()
+            for number in range(calls):
+                search(number % len(batches))
             pipe.send(((time.process_time() - started[0]) / calls, (time.perf_counter() - started[1]) / calls))
+        rows = search(0)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     pipe.send((None if rows is None else np.asarray(rows), peak * (1 if sys.platform == "darwin" else 1024)))
 

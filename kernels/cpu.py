@@ -10,8 +10,7 @@
 4. Float32 is off by less than `noise`: if the reference's k-th score is above the best discarded float32 score by more, no
    discarded row can belong to the result. Queries of which that cannot be said go to the reference; if they are many, copies
    in the index are the cause: the search is over distinct rows, and copies are put back into the result.
-Few pairs or few rows are not grouped: their float32 scores stay, and whatever is no further below the k-th best than the noise is
-scored in float64, by numpy, whose calls cost less. Where that is too much, they are grouped all the same.
+Few pairs, or few rows, are not grouped: direct.py scores what float32 leaves of them, unless too much is alike.
 Copy with: the folder kernels/, torch, numpy.
 """
 
@@ -20,17 +19,15 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels import reference
+from kernels import direct, reference
 from kernels.reference import NOTHING, ONE
 
 # oneDNN's product, by the operator that torch.compile emits for linear layers. On AMD processors torch.mm, which is MKL's, takes
 # twice as long with AVX-512 and a tenth longer with AVX2 (torch 2.13, 2026-11).
 LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-least, most = np.minimum.reduce, np.maximum.reduce           # which a method's call is twice as long as, for a few values
 GROUP = 16                     # rows; also groups in a supergroup
 QUERY_BLOCK = 736              # queries of a tile: rows a power of two apart would crowd into the same places of the cache
 TILE = 512 * QUERY_BLOCK       # values, 1.5 MB
@@ -38,10 +35,11 @@ TILES = 8                      # whose group maxima stay there too until they ar
 CHUNK = 2**18                  # rows of the index at a time
 MAXIMA = 3 * 2**17             # rows, of all threads' chunks together: 72 MB of group maxima
 NORMALISED = 2**23             # values, 32 MB: where the index must be normalised first, no more of it at a time
+PREPARED = 2**19               # values, 2 MB: rows normalised at a time; in less, threads would wait for each other
 STATE = 2**20                  # best groups of all queries that are on their way through the index together: 12 MB
 GATHERED = 2**18               # values, 1 MB: rows of the best groups, scored again; of one query up to 8 times more
 PRODUCT = 2**27                # values of few pairs: a millisecond
-FEW = 2**18                    # values of all pairs: up to these numpy's product takes no threads, and less to call than torch's
+FEW = 2**20                    # values of all pairs: up to these numpy's products take less time than others
 DIRECT = 8192                  # rows: so few are not grouped
 SCORES = 2**20                 # float32, 4 MB: of all pairs, if they are no more; else of so few rows at a time
 SPARE = 2                      # groups kept more than k
@@ -76,23 +74,26 @@ def _single_threaded():
 
 def _are_few(queries, index):
     """Few float32 pairs, as numpy takes them: not worth threads."""
-    pairs = len(queries) * len(index)
-    return (queries.dtype == index.dtype == torch.float32 and 0 < pairs <= SCORES and 0 < pairs * index.shape[1] <= PRODUCT
+    (count, width), total = queries.shape, index.shape[0]
+    return (queries.dtype == index.dtype == torch.float32 and 0 < count * total <= SCORES and 0 < count * total * width <= PRODUCT
             and queries.is_contiguous() and index.is_contiguous())
 
 
 def few(queries, index, k, exclude=None):
-    """reference.result for few pairs; None for others, and where _direct gives up."""
+    """reference.result for few pairs; None for others, and where that is no use."""
     if not _are_few(queries, index):
         return None
     a, b = queries.numpy(), index.numpy()
     barred = None if exclude is None else exclude.numpy()
-    if len(queries) * index.numel() <= FEW:
-        found = _direct(a, b, k, barred, lambda: a @ b.T)
+    alone = len(a) == 1
+    search = direct.of_one if alone else direct.of_many
+    if len(a) * b.size <= FEW:
+        found = search(a, b, k, barred, lambda rows: direct.in_parts(rows, b))
     else:
         with _single_threaded():
-            found = _direct(a, b, k, barred, lambda: _product(index, _Memory())(queries).numpy())
-    return found and (torch.from_numpy((found[0] / ONE).astype(np.float32)), torch.from_numpy(found[1]))
+            product = index.mv if alone else _product(index, _Memory())
+            found = search(a, b, k, barred, lambda rows: product(torch.from_numpy(rows)).numpy())
+    return found and (torch.from_numpy(found[0]), torch.from_numpy(found[1]))
 
 
 def topk(queries, index, k, exclude=None):
@@ -107,8 +108,11 @@ def topk(queries, index, k, exclude=None):
 
 
 def _through_few_rows(queries, index, k, exclude, threads, spread):
-    """(Q, k) keys by _direct, None where it gives up."""
-    rows, keys, given_up = index.float().contiguous(), torch.empty(len(queries), k, dtype=torch.int64), []
+    """(Q, k) keys by direct.of_many, None where it gives up."""
+    wide = index.dtype == torch.float64
+    rows = _normalised(index) if wide else index.float().contiguous()
+    precise = index.contiguous().numpy() if wide else rows.numpy()
+    keys, given_up = torch.empty(len(queries), k, dtype=torch.int64), []
     size = max(1, min(SCORES // len(index), NORMALISED // 4 // index.shape[1], -(-len(queries) // threads)))
     product = _product(rows, _Memory())
 
@@ -116,76 +120,15 @@ def _through_few_rows(queries, index, k, exclude, threads, spread):
         if given_up:
             return
         mine, barred = queries[top:top + size], None if exclude is None else exclude[top:top + size].numpy()
-        block = mine.float().contiguous()
-        precise = [(whole if whole.dtype == torch.float64 else short).numpy() for whole, short in ((mine, block), (index, rows))]
-        found = _direct(block.numpy(), rows.numpy(), k, barred, lambda: product(block).numpy(), *precise)
+        mine = (mine if mine.dtype == torch.float64 else mine.float()).numpy()
+        found = direct.of_many(mine, rows.numpy(), k, barred, lambda unit: product(torch.from_numpy(unit)).numpy(), precise)
         if found:
-            keys[top:top + size] = reference.as_keys(*map(torch.from_numpy, found))
+            keys[top:top + size] = reference.as_keys(ONE * torch.from_numpy(found[0]), torch.from_numpy(found[1]))
         else:
             given_up.append(top)
 
     list(spread(search, range(0, len(queries), size)))
     return None if given_up else keys
-
-
-def _direct(queries, index, k, exclude, product, precise_queries=None, precise_index=None):
-    """float32 arrays (Q, D), (G, D), their float64 originals where they have some, and product() -> queries @ index.T, to be
-    overwritten -> scores (Q, k) float64, whole numbers, descending, and rows (Q, k) int64.
-
-    All pairs that float32 does not rule out are scored in float64: those no further below the query's k-th best than its noise.
-    None where that is no use: where too many are that near, and for rows whose norm strains float32 or is not finite.
-    """
-    (count, width), total = queries.shape, len(index)
-    precise_queries = queries if precise_queries is None else precise_queries
-    precise_index = index if precise_index is None else precise_index
-    with np.errstate(all="ignore"):
-        norms, asked = _norms(index), _norms(queries)
-    if norms is None or asked is None:
-        return None
-    cosines = product()                                                        # but for the query's norm, which changes no order
-    cosines /= norms
-    if exclude is not None:
-        barred = np.flatnonzero(exclude >= 0)
-        cosines[barred, exclude[barred]] = -np.inf
-    maxima, several = cosines, total
-    if count * total > 4096 and total >= 32 * k:      # the k-th best of groups' maxima is not above that of all, nor far below
-        several = total // 8
-        maxima = torch.from_numpy(cosines)[:, :8 * several].unflatten(1, (8, several)).amax(1).numpy()
-    noise = (3 * width + 40) * 2.0**-24                                        # of two cosines
-    near = np.flatnonzero(cosines >= (np.partition(maxima, several - k, axis=1)[:, several - k] - noise * asked)[:, None])
-    if len(near) > max((4 * k + 16) * count + total, FEW // width):                # + total: of one query all may be
-        return None
-    query, row = np.divmod(near, total) if count > 1 else (None, near)
-    scores, step = np.empty(len(near)), max(1, 2**15 // width)                 # steps whose float64 values stay in the cache
-    for top in range(0, len(near), step):
-        a = precise_queries if count == 1 else precise_queries[query[top:top + step]]
-        b = precise_index[row[top:top + step]]
-        wide, other = a.astype(np.float64), b.astype(np.float64)
-        norm = np.sqrt(np.vecdot(wide, wide) * np.vecdot(other, other))
-        exact = ONE * np.vecdot(wide, other) / np.maximum(norm, 1e-200)        # 0 where a norm is
-        scores[top:top + step] = part = np.rint(exact)
-        doubt = np.abs(exact - part)
-        if most(doubt) > (sure := 0.5 - ONE * (2 * width + 16) * 2.0**-52):
-            some = np.flatnonzero(doubt > sure)
-            pairs = torch.from_numpy(np.broadcast_to(a, b.shape)[some]), torch.from_numpy(b[some])
-            scores[top + some] = reference.scores(*(side[:, None] for side in pairs))[:, 0]
-    if count == 1:
-        order = (-scores).argsort(kind="stable")[None, :k]                     # rows ascend already
-    else:
-        order = np.argsort(query * 2.0**26 - scores, kind="stable")            # by the query, then by the score
-        order = order[np.searchsorted(query, np.arange(count))[:, None] + np.arange(k)]
-    return scores[order] + 0.0, row[order]                                     # + 0: there is no -0
-
-
-def _norms(rows):
-    """(n, D) float32 -> (n,), 1 for a row of zeros alone; None where one strains float32 or is not finite."""
-    squares = np.vecdot(rows, rows)
-    smallest = least(squares)
-    if smallest == 0:
-        zero = squares == 0
-        smallest = 0 if rows[zero].any() else least(squares, where=~zero, initial=1)
-        squares[zero] = 1
-    return np.sqrt(squares) if smallest > 1e-30 and most(squares) < 1e30 else None
 
 
 def _topk(queries, index, k, exclude, threads, spread):
@@ -255,12 +198,13 @@ def _through(queries, index, among, k, exclude, threads, spread):
     step = min(CHUNK, MAXIMA // threads, CHUNK if is_unit else NORMALISED // width)
     chunks = -(-whole // max(step, GROUP**2)) or 1
     step = -(-whole // chunks // GROUP**2) * GROUP**2 or 1
+    several = max(1, PREPARED // width)
     chunk = None if is_unit else torch.empty(min(step, whole), width, dtype=torch.float32)
     for left in range(0, whole, step):
         part = (index[left:whole] if is_unit else chunk[:whole - left])[:step]
 
         def prepare(top):
-            slab = part[top:top + 1024]
+            slab = part[top:top + several]
             take(slice(left + top, left + top + len(slab)), out=slab)
 
         def reduce(block):
@@ -270,7 +214,7 @@ def _through(queries, index, among, k, exclude, threads, spread):
             maxima[block] = best
 
         if not is_unit:
-            list(spread(prepare, range(0, len(part), 1024)))
+            list(spread(prepare, range(0, len(part), several)))
         first = blocks[:threads] if among is None and not left else []
         list(spread(reduce, first))
         for block in first:                                                # many copies leave no distance between the best groups

@@ -29,15 +29,15 @@ def cosine_topk(queries, index, k, *, exclude=None, backend="auto"):
     GPU and k and D allow it, else torch. The result is the same.
     Raises ValueError for shapes, types or values that do not fit, and for k above the number of rows left to a query.
     """
-    queries, index = torch.as_tensor(queries).detach().resolve_neg(), torch.as_tensor(index).detach().resolve_neg()
+    queries, index = _plain(queries), _plain(index)
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend {backend!r} is unknown: use 'auto', 'torch' or 'triton'")
     exclude = _validated(queries, index, k, exclude)
-    on_gpu = queries.device.type == "cuda"
+    on_gpu = queries.is_cuda
     if backend == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"backend 'triton' cannot compute on {queries.device}: it needs the queries on a GPU, or else "
                          "TRITON_INTERPRET=1 in the environment; use 'auto' or 'torch'")
-    on_cpu = queries.device.type == index.device.type == "cpu"
+    on_cpu = queries.is_cpu and index.is_cpu
     if backend != "triton" and on_cpu and (found := cpu.few(queries, index, int(k), exclude)) is not None:
         return found
     for name, matrix in (("queries", queries), ("index", index)):
@@ -55,6 +55,11 @@ def cosine_topk(queries, index, k, *, exclude=None, backend="auto"):
         return reference.result(search(queries, index, int(k), exclude))
 
 
+def _plain(matrix):
+    matrix = matrix if isinstance(matrix, torch.Tensor) else torch.as_tensor(matrix)
+    return matrix.detach().resolve_neg() if matrix.requires_grad or matrix.is_neg() else matrix
+
+
 def _validated(queries, index, k, exclude):
     for name, matrix in (("queries", queries), ("index", index)):
         if matrix.ndim != 2 or matrix.dtype not in TYPES or matrix.layout != torch.strided:
@@ -63,7 +68,7 @@ def _validated(queries, index, k, exclude):
                              "floating point of 16, 32 or 64 bits")
     if queries.shape[1] != index.shape[1]:
         raise ValueError(f"queries have {queries.shape[1]} dimensions, the index has {index.shape[1]}: they must have the same")
-    left = len(index)
+    left = index.shape[0]
     if exclude is not None:
         exclude = torch.as_tensor(exclude, device=queries.device)
         exclude = exclude if exclude.numel() else exclude.long()                    # an empty list is of floats
@@ -78,6 +83,6 @@ def _validated(queries, index, k, exclude):
         left -= int((exclude >= 0).any())
     if left < 1:
         raise ValueError(f"the index has {len(index)} rows, which leaves none to a query: give at least one more")
-    if not isinstance(k, numbers.Integral) or isinstance(k, bool) or not 1 <= k <= left:
+    if not isinstance(k, (int, numbers.Integral)) or isinstance(k, bool) or not 1 <= k <= left:
         raise ValueError(f"k is {k!r}: it must be a whole number from 1 to {left}, the rows of the index less the excluded one")
     return exclude

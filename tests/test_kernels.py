@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import cosine_topk, cpu, reference
+from kernels import cosine_topk, cpu, direct, reference
 
 ROOT = Path(__file__).parents[1]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -415,7 +415,9 @@ def test_few_pairs_are_ranked_as_by_the_reference(kind, seed, q, g, d, data):
     queries, index = made_search(kind, seed, q, g, d)
     exclude = torch.randint(-1, g, (q,)) if g > 1 and data.draw(st.booleans()) else None
     k = data.draw(st.integers(1, min(40, g - (exclude is not None))))
-    found = cosine_topk(queries, index, k, exclude=exclude)
+    few, unthreaded = data.draw(st.sampled_from((0, 2**20))), data.draw(st.sampled_from((1, 5000, 2**19)))
+    with patch.object(cpu, "FEW", few), patch.object(direct, "UNTHREADED", unthreaded):
+        found = cosine_topk(queries, index, k, exclude=exclude)
     assert same_bits(found, reference.result(reference.topk(queries, index, k, exclude)))
 
 
@@ -458,16 +460,32 @@ def test_copies_of_more_rows_than_a_tail(threads, distinct, copies, q, d):
     assert same_bits(found, reference.result(reference.topk(queries, index, 6)))
 
 
+@pytest.mark.parametrize("scale", (1e-300, 1e-60, 1e-44, 1e-20, 1e20, 1e60, 1e300))
+@pytest.mark.parametrize("q, g", ((1, 300), (3, 300), (400, 300), (3, 12000)))
+def test_float64_rows_may_be_of_any_norm(scale, q, g):
+    """Float32 makes rows of zeros, or infinite ones, of those far outside its range."""
+    queries, index = (rows.double() for rows in random_search(24, q, g, 16))
+    index[7] = scale * queries[0]
+    expected = reference.result(reference.topk(queries, index, 6))
+    assert expected[1][0, 0] == 7
+    assert same_bits(cosine_topk(queries, index, 6), expected)
+    queries[-1] *= scale
+    assert same_bits(cosine_topk(queries, index, 6), expected)
+
+
 def test_there_is_no_negative_zero():
-    queries, index = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1e-9, 1.0], [0.0, 1.0]])
+    """Nor of a cosine in the middle between 0 and the next score, which is in doubt."""
+    queries, index = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1e-9, 1.0], [0.0, 1.0], [-0.5 / GRID, 1.0]])
     for dtype in (torch.float32, torch.float64):
-        assert not torch.signbit(cosine_topk(queries.to(dtype), index.to(dtype), 2)[0]).any()
+        for some in (queries, queries.repeat(3, 1)):
+            assert (cosine_topk(some.to(dtype), index.to(dtype), 3)[0].view(torch.int32) == 0).all()
 
 
+@pytest.mark.parametrize("q", (1, 300))
 @pytest.mark.parametrize("where", ("index", "queries"))
-def test_a_row_of_zeros_costs_no_detour(where):
-    sides = dict(zip(("queries", "index"), random_search(20, 300, 300, 16)))
-    sides[where][7] = 0
+def test_a_row_of_zeros_costs_no_detour(where, q):
+    sides = dict(zip(("queries", "index"), random_search(20, q, 300, 16)))
+    sides[where][min(q, 8) - 1] = 0
     with patch.object(cpu, "_topk", side_effect=AssertionError("given up")):
         found = cosine_topk(sides["queries"], sides["index"], 6)
     assert same_bits(found, reference.result(reference.topk(sides["queries"], sides["index"], 6)))
@@ -495,16 +513,16 @@ def test_searches_at_the_same_time_leave_the_settings_as_they_were():
     """Several Python threads: the first in changes what is the process's, the last out resets it, and no other sees a change."""
     queries, index = random_search(22, 300, 3000, 64)
     expected, seen = cosine_topk(queries, index, 6), []
-    direct = cpu._direct
+    of_many = direct.of_many
 
     def watched(*arguments):
         seen.append((torch.get_num_threads(), torch.backends.mkldnn.matmul.fp32_precision))
-        return direct(*arguments)
+        return of_many(*arguments)
 
     torch.set_float32_matmul_precision("medium")
     torch.set_num_threads(2)
     try:
-        with patch.object(cpu, "_direct", watched), ThreadPoolExecutor(4) as pool:
+        with patch.object(direct, "of_many", watched), ThreadPoolExecutor(4) as pool:
             results = list(pool.map(lambda _: (cosine_topk(queries, index, 6), torch.get_num_threads()), range(40)))
         assert torch.get_num_threads() == 2 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     finally:
