@@ -110,7 +110,8 @@ def topk(queries, index, k, exclude=None):
 def _through_few_rows(queries, index, k, exclude, threads, spread):
     """(Q, k) keys by direct.of_many, None where it gives up."""
     wide = index.dtype == torch.float64
-    rows = _normalised(index) if wide else index.float().contiguous()
+    parts = index.split(max(1, PREPARED // index.shape[1]))
+    rows = torch.cat([_normalised(part) for part in parts]) if wide else index.float().contiguous()
     precise = index.contiguous().numpy() if wide else rows.numpy()
     keys, given_up = torch.empty(len(queries), k, dtype=torch.int64), []
     size = max(1, min(SCORES // len(index), NORMALISED // 4 // index.shape[1], -(-len(queries) // threads)))
