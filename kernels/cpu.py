@@ -72,47 +72,47 @@ def _single_threaded():
                 product.fp32_precision = state[1]
 
 
-def _are_few(queries, index):
-    """Few float32 pairs, as numpy takes them: not worth threads."""
-    (count, width), total = queries.shape, index.shape[0]
-    return (queries.dtype == index.dtype == torch.float32 and 0 < count * total <= SCORES and 0 < count * total * width <= PRODUCT
-            and queries.is_contiguous() and index.is_contiguous())
-
-
 def few(queries, index, k, exclude=None):
-    """reference.result for few pairs; None for others, and where that is no use."""
-    if not _are_few(queries, index):
+    """reference.result for few pairs, which are not worth threads; None for others, and where direct.py gives up."""
+    (count, width), total = queries.shape, index.shape[0]
+    copied = not index.is_contiguous() or index.dtype != torch.float32
+    if not (0 < count * total <= SCORES and 0 < count * total * width <= PRODUCT) or copied and total * width > NORMALISED:
         return None
-    a, b = queries.numpy(), index.numpy()
-    barred = None if exclude is None else exclude.numpy()
-    alone = len(a) == 1
+    rows = index.float().contiguous()
+    a, b, barred = _values(queries), rows.numpy(), None if exclude is None else exclude.numpy()
+    precise = b if index.dtype != torch.float64 else _values(index)
+    alone = count == 1 and a.dtype == b.dtype and precise is b
     search = direct.of_one if alone else direct.of_many
-    if len(a) * b.size <= FEW:
-        found = search(a, b, k, barred, lambda rows: direct.in_parts(rows, b))
+    if count * b.size <= FEW:
+        found = search(a, b, precise, k, barred, lambda left: direct.in_parts(left, b))
     else:
         with _single_threaded():
-            product = index.mv if alone else _product(index, _Memory())
-            found = search(a, b, k, barred, lambda rows: product(torch.from_numpy(rows)).numpy())
+            product = rows.mv if alone else _product(rows, _Memory())
+            found = search(a, b, precise, k, barred, lambda left: product(torch.from_numpy(left)).numpy())
     return found and (torch.from_numpy(found[0]), torch.from_numpy(found[1]))
+
+
+def _values(rows):
+    return (rows if rows.dtype == torch.float64 else rows.float()).contiguous().numpy()
 
 
 def topk(queries, index, k, exclude=None):
     keep, width = k + SPARE, queries.shape[1]
     if not len(queries) or len(index) < 4 * keep or not width or GROUP * keep * max(width, keep) > 8 * GATHERED:
         return reference.topk(queries, index, k, exclude)
-    few_rows = len(index) <= DIRECT and index.numel() <= NORMALISED and not _are_few(queries, index)      # few has given up then
+    few_rows = len(index) <= DIRECT and index.numel() <= NORMALISED and len(queries) * len(index) > SCORES     # else few gave up
     with _single_threaded() as threads, ThreadPoolExecutor(threads) as workers:
-        spread = workers.map if threads > 1 else map
+
+        def spread(search, items):                                             # a thread costs more than a short search
+            return workers.map(search, items) if threads > 1 and len(items) > 1 else map(search, items)
+
         keys = _through_few_rows(queries, index, k, exclude, threads, spread) if few_rows else None
         return _topk(queries, index, k, exclude, threads, spread) if keys is None else keys
 
 
 def _through_few_rows(queries, index, k, exclude, threads, spread):
     """(Q, k) keys by direct.of_many, None where it gives up."""
-    wide = index.dtype == torch.float64
-    parts = index.split(max(1, PREPARED // index.shape[1]))
-    rows = torch.cat([_normalised(part) for part in parts]) if wide else index.float().contiguous()
-    precise = index.contiguous().numpy() if wide else rows.numpy()
+    rows, precise = index.float().contiguous(), _values(index)
     keys, given_up = torch.empty(len(queries), k, dtype=torch.int64), []
     size = max(1, min(SCORES // len(index), NORMALISED // 4 // index.shape[1], -(-len(queries) // threads)))
     product = _product(rows, _Memory())
@@ -121,8 +121,8 @@ def _through_few_rows(queries, index, k, exclude, threads, spread):
         if given_up:
             return
         mine, barred = queries[top:top + size], None if exclude is None else exclude[top:top + size].numpy()
-        mine = (mine if mine.dtype == torch.float64 else mine.float()).numpy()
-        found = direct.of_many(mine, rows.numpy(), k, barred, lambda unit: product(torch.from_numpy(unit)).numpy(), precise)
+        found = direct.of_many(_values(mine), rows.numpy(), precise, k, barred,
+                               lambda unit: product(torch.from_numpy(unit)).numpy())
         if found:
             keys[top:top + size] = reference.as_keys(ONE * torch.from_numpy(found[0]), torch.from_numpy(found[1]))
         else:

@@ -1,7 +1,7 @@
 """cosine_topk of few pairs, whose float32 scores are all kept: by numpy, whose calls cost less than torch's.
 
-    of_many(queries, index, k, exclude, product, precise) -> scores (Q, k), rows (Q, k), as reference.result, or None
-    of_one(queries, index, k, exclude, product)           -> the same, of one query
+    of_many(queries, index, precise, k, exclude, product) -> scores (Q, k), rows (Q, k), as reference.result, or None
+    of_one(the same)                                      -> the same, of one query in float32
     in_parts(rows, index) -> rows @ index.T, for `product`
 
 Pairs no further below a query's k-th best in float32 than the noise are scored in float64. None where that is no use.
@@ -16,18 +16,18 @@ import torch
 from kernels import reference
 from kernels.reference import ONE
 
-least, most = np.minimum.reduce, np.maximum.reduce           # which a method's call is twice as long as, for a few values
+least, most = np.minimum.reduce, np.maximum.reduce           # a call of min() or max() takes twice as long, for a few values
 UNTHREADED = 2**19 - 1         # values of pairs: as many OpenBLAS, which is numpy's, multiplies without threads
 PAIRS = 2**18                  # values of the pairs that float32 leaves, if these are many more than asked for: 2 MB in float64
 SHIFT = np.array(1.5 * 2.0**28)                      # added to a float64 and subtracted: rounds it to 2^-24, and leaves no -0
 TINY = np.array(1e-300)                              # an array, since numpy takes twice as long for a Python number
 
 
-def of_one(queries, index, k, exclude, product):
+def of_one(queries, index, precise, k, exclude, product):
     """of_many, of one query (1, D), where every call of numpy counts."""
     total, width = index.shape
     with np.errstate(all="ignore"):
-        norms = _norms(index)
+        norms = _norms(index, index)
     unit = queries[0].astype(np.float64)
     asked = math.sqrt(unit.dot(unit)) or 1.0
     if norms is None or not 1e-15 < asked < 1e15:
@@ -45,15 +45,14 @@ def of_one(queries, index, k, exclude, product):
         maxima = cosines.copy()
     maxima.partition(several - k)
     row = (cosines >= maxima[several - k] - _noise(width) * asked).nonzero()[0]
-    scores = _scores(queries, index, unit, None, row)
+    scores = _scores(queries, precise, unit, None, row)
     order = (-scores).argsort(kind="stable")[None, :k]                         # rows ascend already
     return scores[order].astype(np.float32), row[order]
 
 
-def of_many(queries, index, k, exclude, product, precise=None):
-    """Arrays (Q, D) float32 or float64 and (G, D) float32; `precise` (G, D), the rows as given, where they are float64 and those
-    of `index` are them normalised; product(rows) -> rows @ index.T, which may be overwritten
-    -> scores (Q, k) float32, descending, and rows (Q, k) int64.
+def of_many(queries, index, precise, k, exclude, product):
+    """Arrays (Q, D) float32 or float64, (G, D) float32, and the rows as given, the same or float64; product(rows) -> rows @ index.T,
+    which may be overwritten -> scores (Q, k) float32, descending, and rows (Q, k) int64.
 
     All pairs that float32 does not rule out are scored in float64: those no further below the query's k-th best than its noise.
     None where that is no use: where too many are that near, and for rows whose norm strains float32 or is not finite.
@@ -61,7 +60,7 @@ def of_many(queries, index, k, exclude, product, precise=None):
     (count, width), total = queries.shape, index.shape[0]
     unit = _double(queries)
     with np.errstate(all="ignore"):
-        norms, asked = _norms(index), _norms(unit)
+        norms, asked = _norms(index, precise), _norms(unit, unit)
     if norms is None or asked is None:
         return None
     unit /= asked[:, None]
@@ -80,7 +79,7 @@ def of_many(queries, index, k, exclude, product, precise=None):
     if near.size > max((4 * k + 16) * count, PAIRS // width):
         return None
     query, row = np.divmod(near, total)
-    scores = _scores(queries, index if precise is None else precise, unit, query, row)
+    scores = _scores(queries, precise, unit, query, row)
     order = (3.0 * query - scores).argsort(kind="stable")                      # by the query, then by the score, then by the row
     if near.size > count * k:
         order = order[query.searchsorted(np.arange(count))[:, None] + np.arange(k)]
@@ -130,15 +129,18 @@ def _scores(queries, index, unit, query, row):
 
 def _double(rows):
     """reference.double, a copy."""
-    return rows.astype(np.float64) if rows.dtype == np.float32 else reference.double(torch.from_numpy(rows)).numpy()
+    if rows.dtype == np.float32:
+        return rows.astype(np.float64)
+    largest = most(np.abs(rows), axis=1, keepdims=True)
+    return rows / np.where(largest > 0, largest, 1.0)
 
 
-def _norms(rows):
-    """(n, D) -> (n,), 1 for a row of zeros alone; None where one strains float32 or is not finite."""
+def _norms(rows, given):
+    """(n, D) -> (n,), 1 for a row of zeros alone, as it was given; None where one strains float32 or is not finite."""
     squares = np.vecdot(rows, rows)
     smallest = squares[squares.argmin()]                                       # NaN if there is one
     if smallest == 0:
         zero = squares == 0
-        smallest = 0 if rows[zero].any() else least(squares, where=~zero, initial=1)
+        smallest = 0 if given[zero].any() else least(squares, where=~zero, initial=1)
         squares[zero] = 1
     return np.sqrt(squares, squares) if smallest > 1e-30 and squares[squares.argmax()] < 1e30 else None
