@@ -473,6 +473,23 @@ def test_float64_rows_may_be_of_any_norm(scale, q, g):
     assert same_bits(cosine_topk(queries, index, 6), expected)
 
 
+@pytest.mark.parametrize("q, g", ((1, 300), (3, 300), (400, 300), (3, 12000)))
+def test_float32_rows_whose_squares_leave_float32(q, g):
+    queries, index = random_search(25, q, g, 16)
+    index[7], index[9] = 1e-25 * queries[0], 0
+    expected = reference.result(reference.topk(queries, index, 6))
+    assert expected[1][0, 0] == 7
+    assert same_bits(cosine_topk(queries, index, 6), expected)
+
+
+@pytest.mark.parametrize("scale", (1e-4, 1e4))
+def test_the_noise_of_a_query_grows_with_its_norm(scale):
+    for seed in range(200):
+        queries, index = random_search(seed, 1, 300, 64)
+        index = index[:1] + 3e-5 * index
+        assert same_bits(cosine_topk(scale * queries, index, 6), reference.result(reference.topk(scale * queries, index, 6)))
+
+
 def test_there_is_no_negative_zero():
     """Nor of a cosine in the middle between 0 and the next score, which is in doubt."""
     queries, index = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1e-9, 1.0], [0.0, 1.0], [-0.5 / GRID, 1.0]])

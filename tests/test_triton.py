@@ -70,6 +70,13 @@ def selects_the_best(module, queries, index, k, exclude):
     return True
 
 
+def with_the_excluded_row_in_another_part():
+    """Queries, index and exclude: the nearest row is as far into its part as the one excluded is into the index."""
+    queries, index = search(1, 1025, 40)
+    index[-1] = queries[0]
+    return queries.repeat(16, 1), index, len(index) - 1 - 64 * torch.arange(1, 17)                  # parts are of whole tiles
+
+
 @to_be_compiled
 def test_in_the_interpreter():
     run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__], capture_output=True,
@@ -142,6 +149,13 @@ def test_strides_of_exclude(exclude):
 
 
 @in_the_interpreter
+def test_exclusion_from_an_index_in_parts():
+    queries, index, exclude = with_the_excluded_row_in_another_part()
+    assert equals_reference(triton_topk, queries, index, 4, exclude)
+    assert selects_the_best(triton_topk, queries, index, 4, exclude)
+
+
+@in_the_interpreter
 @pytest.mark.parametrize("strides", ((1, 2**30), (2**24, 1)), ids=str)
 def test_offsets_beyond_31_bits(strides):
     """Rows, or dimensions, so far apart; only the pages that are touched become memory."""
@@ -180,6 +194,7 @@ def test_k_beyond_what_exclusion_leaves_is_an_error(rows, k, left):
     ("tl.sqrt(tl.where(g_norm", "(tl.where(g_norm"),
     ("held / tl.sqrt(", "held / ("),
     ("rows + q * parts * KEEP + where", "rows + q * KEEP + where"),
+    ("other=-1) - start", "other=-1)"),
 ), ids=str)
 def test_a_broken_kernel_is_noticed(tmp_path, right, wrong):
     source = Path(triton_topk.__file__).read_text()
@@ -195,7 +210,8 @@ def test_a_broken_kernel_is_noticed(tmp_path, right, wrong):
     index[-1] = queries[0]
     nearest = reference.result(reference.topk(queries, index, 1))[1][:, 0]
     none = torch.full((2,), -1)
-    assert not all(selects_the_best(broken, queries, index, 6, barred) for barred in (nearest, none))
+    searches = (queries, index, nearest), (queries, index, none), with_the_excluded_row_in_another_part()
+    assert not all(selects_the_best(broken, *sides, 6, barred) for *sides, barred in searches)
 
 
 def compiled(kernel, gpu, types, constants, aligned, options):
