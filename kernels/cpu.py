@@ -43,6 +43,7 @@ FEW = 2**20                    # values of all pairs: up to these numpy's produc
 DIRECT = 8192                  # rows: so few are not grouped
 SCORES = 2**20                 # float32, 4 MB: of all pairs, if they are no more; else of so few rows at a time
 SPARE = 2                      # groups kept more than k
+ALIKE = 2048                   # rows that may be as good as a query's k-th, as float32 sees it, and 16 k more
 
 
 _entering, _inside = threading.Lock(), []            # of _single_threaded, which changes what belongs to the whole process
@@ -138,21 +139,28 @@ def _topk(queries, index, k, exclude, threads, spread):
     while top < len(queries):
         part = slice(top, top + size)
         block, barred = queries[part], None if exclude is None else exclude[part]
-        if copies is None:
-            found = _through(block, index, None, k, barred, threads, spread)
-        if copies is not None or found is None:
+        found = None if copies else _through(block, index, None, k, barred, threads, spread)
+        if found is None or found[1].double().mean() < 7 / 8:
             copies = copies or _copies(index)
-            found = _through_distinct(block, index, copies, k, barred, threads, spread)
+            if len(copies[1]) < 3 / 4 * len(index):
+                found = _through_distinct(block, index, copies, k, barred, threads, spread)
+            elif found is None:                                                # alike, but no copies: bounds from a sample
+                found = _through(block, index, _sample(index, 4 * (k + SPARE)), k, barred, threads, spread)
+                found[1][:] = False
         keys[part], sure = found
         unsure = (~sure).nonzero()[:, 0]
-
-        def anew(some):
-            return reference.topk(block[some], index, k, None if barred is None else barred[some])
-
         if len(unsure):
-            keys[part][unsure] = torch.cat(list(spread(anew, unsure.chunk(threads))))
+            some = keys[part][unsure]
+            keys[part][unsure] = _above(block[unsure], index, some[:, -1] >> 32, k, None if barred is None else barred[unsure],
+                                        threads, spread)
         top += size
     return keys
+
+
+def _sample(index, least):
+    """A sixteenth of the rows, but no less than `least`, ascending."""
+    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))
+    return order[:max(least, len(index) // 16)].sort().values
 
 
 def _normalised(rows, out=None):
@@ -176,12 +184,15 @@ def _is_unit(rows, spread):
 
 def _through(queries, index, among, k, exclude, threads, spread):
     """Queries against the rows `among` (ascending) of the index, None is all -> (Q, k) keys, (Q,) bool: are they sure?
-    None where the index is full of copies, seen by the first queries before the others pay for it, or by all in the end."""
+    None where the best rows of many of the first queries are too much alike, before the others pay for it."""
     keep, width, rows = k + SPARE, queries.shape[1], len(index) if among is None else len(among)
     noise = 2 * width + 40  # of scores that are 2^24 times
     whole = rows - rows % GROUP**2 if rows > GROUP * (keep + GROUP) else 0                             # the others are the tail
     size = min(QUERY_BLOCK, -(-len(queries) // threads))
-    blocks = [slice(top, min(top + size, len(queries))) for top in range(0, len(queries), size)]
+    probe = -(-size // 4)                      # queries of the first blocks, if all the others are to hear what they find
+    probes = probe * threads if among is None and len(queries) >= 2 * threads * size else 0
+    begins = [*range(0, probes, probe), *range(probes, len(queries), size)]
+    blocks = [slice(begin, end) for begin, end in zip(begins, [*begins[1:], len(queries)])]
     groups = torch.zeros(len(queries), keep if whole else 0, dtype=torch.int64)
     maxima = torch.full((len(queries), keep), -torch.inf, dtype=torch.float32)
     keys, sure = torch.empty(len(queries), k, dtype=torch.int64), torch.empty(len(queries), dtype=torch.bool)
@@ -196,17 +207,7 @@ def _through(queries, index, among, k, exclude, threads, spread):
         return (rows if is_unit else _normalised(rows, out=rows if out is None else out)).view(*places.shape, width)
 
     is_unit = among is None and _is_unit(index, spread)
-    step = min(CHUNK, MAXIMA // threads, CHUNK if is_unit else NORMALISED // width)
-    chunks = -(-whole // max(step, GROUP**2)) or 1
-    step = -(-whole // chunks // GROUP**2) * GROUP**2 or 1
-    several = max(1, PREPARED // width)
-    chunk = None if is_unit else torch.empty(min(step, whole), width, dtype=torch.float32)
-    for left in range(0, whole, step):
-        part = (index[left:whole] if is_unit else chunk[:whole - left])[:step]
-
-        def prepare(top):
-            slab = part[top:top + several]
-            take(slice(left + top, left + top + len(slab)), out=slab)
+    for left, part in _chunks(index, whole, take, is_unit, threads, spread):
 
         def reduce(block):
             best, where = _best_groups(_normalised(queries[block]), part, keep, memory)
@@ -214,8 +215,6 @@ def _through(queries, index, among, k, exclude, threads, spread):
             groups[block] = torch.cat([groups[block], where + left // GROUP], dim=1).gather(1, order)
             maxima[block] = best
 
-        if not is_unit:
-            list(spread(prepare, range(0, len(part), several)))
         first = blocks[:threads] if among is None and not left else []
         list(spread(reduce, first))
         for block in first:                                                # many copies leave no distance between the best groups
@@ -245,7 +244,92 @@ def _through(queries, index, among, k, exclude, threads, spread):
         sure[block] = (keys[block][:, -1] >> 32) > discarded
 
     list(spread(rank, [slice(top, min(top + size, b.stop)) for b in blocks for top in range(b.start, b.stop, size)]))
-    return None if among is None and sure.double().mean() < 7 / 8 else (keys, sure)
+    return keys, sure
+
+
+def _above(queries, index, least, k, exclude, threads, spread):
+    """(Q, k) keys, where it is known that the k-th scores are no less than `least`, (Q,) int64: all rows that float32 does not put
+    below it are scored by the reference. That costs another product, however many they are, but for queries with too many."""
+    width, limit = queries.shape[1], ALIKE + 16 * k
+    bounds = ((least - (2 * width + 41)).double() / ONE).float()               # the noise, and the rounding of the bound
+    size = min(QUERY_BLOCK, -(-len(queries) // threads))
+    blocks = [slice(top, min(top + size, len(queries))) for top in range(0, len(queries), size)]
+    pairs, counts = [[] for _ in blocks], torch.zeros(len(queries), dtype=torch.int64)
+    keys, memory = torch.empty(len(queries), k, dtype=torch.int64), _Memory()
+
+    def take(places, out):
+        _normalised(index[places], out)
+
+    for left, part in _chunks(index, len(index), take, _is_unit(index, spread), threads, spread):
+
+        def collect(number):
+            block, fresh = blocks[number], []
+            for query, row in _at_least(_normalised(queries[block]), part, bounds[block], memory):
+                pairs[number].append((query, row + left))
+                fresh.append(query)
+                if sum(map(len, fresh)) > limit or not len(row):
+                    counts[block] += torch.bincount(torch.cat(fresh), minlength=len(counts[block]))
+                    bounds[block][counts[block] > limit], fresh = torch.inf, []
+
+        list(spread(collect, range(len(blocks))))
+
+    def rank(number):
+        block, mine = blocks[number], counts[blocks[number]]
+        query, row = (torch.cat(side) for side in zip(*pairs[number]))
+        query, order = query.sort(stable=True)
+        places = torch.full((len(mine), max(k, int(mine.max()))), -1, dtype=torch.int64)
+        places[query, torch.arange(len(query)) - (mine.cumsum(0) - mine)[query]] = row[order]
+        order = mine.argsort()                                                 # queries of about as many rows together
+        for some in order[:int((mine <= limit).sum())].split(32) if (mine <= limit).any() else ():
+            barred = None if exclude is None else exclude[block][some]
+            keys[block][some] = reference.best(queries[block][some], index, places[some, :max(k, mine[some[-1]])], k, barred)
+        pairs[number] = None
+
+    def anew(some):
+        keys[some] = reference.topk(queries[some], index, k, None if exclude is None else exclude[some])
+
+    list(spread(rank, range(len(blocks))))
+    many = (counts > limit).nonzero()[:, 0]
+    list(spread(anew, many.chunk(threads) if len(many) else ()))
+    return keys
+
+
+def _at_least(queries, rows, bounds, memory):
+    """Unit rows (q, D), (n, D), bounds (q,), which may grow meanwhile -> pairs of float32 cosines that reach them, a tile's at a
+    time: numbers of queries, and of rows; none in the end."""
+    count, product = len(queries), _product(queries, memory)
+    slab = max(GROUP, 2 * TILE // count // GROUP * GROUP)
+    for top in range(0, len(rows), slab):
+        tile = product(rows[top:top + slab])                                   # (n, q)
+        whole = len(tile) // GROUP * GROUP
+        groups = tile[:whole].view(-1, GROUP, count)
+        if whole:
+            group, query = (groups.amax(1) >= bounds).nonzero(as_tuple=True)
+            where, member = (groups[group, :, query] >= bounds[query, None]).nonzero(as_tuple=True)
+            yield query[where], top + group[where] * GROUP + member
+    row, query = (tile[whole:] >= bounds).nonzero(as_tuple=True)
+    yield query, top + whole + row
+    yield row[:0], row[:0]
+
+
+def _chunks(index, rows, take, is_unit, threads, spread):
+    """The first `rows` rows, a chunk at a time, as the number of its first one and float32 unit rows, good until the next: if the
+    index is_unit its own, else those that take(slice, out) puts into `out`."""
+    step = min(CHUNK, MAXIMA // threads, CHUNK if is_unit else NORMALISED // index.shape[1])
+    chunks = -(-rows // max(step, GROUP**2)) or 1
+    step = -(-rows // chunks // GROUP**2) * GROUP**2 or 1
+    several = max(1, PREPARED // index.shape[1])
+    chunk = None if is_unit else torch.empty(min(step, rows), index.shape[1], dtype=torch.float32)
+    for left in range(0, rows, step):
+        part = (index[left:rows] if is_unit else chunk[:rows - left])[:step]
+
+        def prepare(top):
+            slab = part[top:top + several]
+            take(slice(left + top, left + top + len(slab)), out=slab)
+
+        if not is_unit:
+            list(spread(prepare, range(0, len(part), several)))
+        yield left, part
 
 
 def _copies(index):
@@ -258,9 +342,9 @@ def _copies(index):
         sums[top:top + 4096] = (bits.long() * factors).sum(1)
     order = sums.argsort(stable=True)
     new = torch.ones(len(index), dtype=torch.bool)
-    for top in range(1, len(index), 4096):                                                             # a sum alone proves nothing
-        here, before = order[top:top + 4096], order[top - 1:top - 1 + len(order[top:top + 4096])]
-        new[top:top + 4096] = (index[here] != index[before]).any(1)
+    new[1:] = sums[order[1:]] != sums[order[:-1]]
+    for places in (~new).nonzero()[:, 0].split(4096):                                                  # a sum alone proves nothing
+        new[places] = (index[order[places]] != index[order[places - 1]]).any(1)
     return order, new.nonzero()[:, 0]
 
 

@@ -396,7 +396,8 @@ def test_the_cpu_path_is_the_reference_bit_for_bit(data):
              "MAXIMA": draw(st.sampled_from((1500, 2**19))), "NORMALISED": draw(st.sampled_from((2**12, 2**23))),
              "STATE": draw(st.sampled_from((100, 2**21))), "GATHERED": draw(st.sampled_from((2**15, 2**18))),
              "SCORES": draw(st.sampled_from((1, 5000, 2**20))), "SPARE": draw(st.sampled_from((2, 9))),
-             "DIRECT": draw(st.sampled_from((0, 8192))), "LINEAR": draw(st.sampled_from((None, cpu.LINEAR)))}
+             "DIRECT": draw(st.sampled_from((0, 8192))), "ALIKE": draw(st.sampled_from((-600, 30, 2048))),
+             "PREPARED": draw(st.sampled_from((2**10, 2**19))), "LINEAR": draw(st.sampled_from((None, cpu.LINEAR)))}
     threads = draw(st.sampled_from((1, 2)))
     try:
         torch.set_num_threads(threads)
