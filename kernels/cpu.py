@@ -43,6 +43,8 @@ FEW = 2**20                    # values of all pairs: up to these numpy's produc
 DIRECT = 8192                  # rows: so few are not grouped
 SCORES = 2**20                 # float32, 4 MB: of all pairs, if they are no more; else of so few rows at a time
 SPARE = 2                      # groups kept more than k
+WANTED = 2**22                 # values of a block of queries' best rows, or groups' rows: 32 MB of their numbers
+GATHERING = 256                # rows of a product, for whose time one of the best groups' rows is gathered and scored again
 ALIKE = 2048                   # rows that may be as good as a query's k-th, as float32 sees it, and 16 k more
 
 
@@ -99,7 +101,7 @@ def _values(rows):
 
 def topk(queries, index, k, exclude=None):
     keep, width = k + SPARE, queries.shape[1]
-    if not len(queries) or len(index) < 4 * keep or not width or GROUP * keep * max(width, keep) > 8 * GATHERED:
+    if not len(queries) or len(index) < 4 * keep or not width:
         return reference.topk(queries, index, k, exclude)
     few_rows = len(index) <= DIRECT and index.numel() <= NORMALISED and len(queries) * len(index) > SCORES     # else few gave up
     with _single_threaded() as threads, ThreadPoolExecutor(threads) as workers:
@@ -140,7 +142,7 @@ def _topk(queries, index, k, exclude, threads, spread):
         part = slice(top, top + size)
         block, barred = queries[part], None if exclude is None else exclude[part]
         found = None if copies else _through(block, index, None, k, barred, threads, spread)
-        if found is None or found[1].double().mean() < 7 / 8:
+        if found is None or found[1].any() and found[1].double().mean() < 7 / 8:
             copies = copies or _copies(index)
             if len(copies[1]) < 3 / 4 * len(index):
                 found = _through_distinct(block, index, copies, k, barred, threads, spread)
@@ -150,8 +152,8 @@ def _topk(queries, index, k, exclude, threads, spread):
         keys[part], sure = found
         unsure = (~sure).nonzero()[:, 0]
         if len(unsure):
-            some = keys[part][unsure]
-            keys[part][unsure] = _above(block[unsure], index, some[:, -1] >> 32, k, None if barred is None else barred[unsure],
+            least = keys[part][unsure, -1] >> 32
+            keys[part][unsure] = _above(block[unsure], index, least, k, None if barred is None else barred[unsure],
                                         threads, spread)
         top += size
     return keys
@@ -184,11 +186,13 @@ def _is_unit(rows, spread):
 
 def _through(queries, index, among, k, exclude, threads, spread):
     """Queries against the rows `among` (ascending) of the index, None is all -> (Q, k) keys, (Q,) bool: are they sure?
-    None where the best rows of many of the first queries are too much alike, before the others pay for it."""
+    None where the best rows of many of the first queries are too much alike, before the others pay for it.
+    Where the best groups' rows, scored again, would cost more than another product, no key is sure, but the k-th score no less."""
     keep, width, rows = k + SPARE, queries.shape[1], len(index) if among is None else len(among)
+    heavy = GROUP * keep * width > 8 * GATHERED
     noise = 2 * width + 40  # of scores that are 2^24 times
     whole = rows - rows % GROUP**2 if rows > GROUP * (keep + GROUP) else 0                             # the others are the tail
-    size = min(QUERY_BLOCK, -(-len(queries) // threads))
+    size = min(QUERY_BLOCK, -(-len(queries) // threads), max(1, WANTED // (GROUP * keep)))
     probe = -(-size // 4)                      # queries of the first blocks, if all the others are to hear what they find
     probes = probe * threads if among is None and len(queries) >= 2 * threads * size else 0
     begins = [*range(0, probes, probe), *range(probes, len(queries), size)]
@@ -215,12 +219,15 @@ def _through(queries, index, among, k, exclude, threads, spread):
             groups[block] = torch.cat([groups[block], where + left // GROUP], dim=1).gather(1, order)
             maxima[block] = best
 
-        first = blocks[:threads] if among is None and not left else []
+        first = blocks[:threads] if among is None and not left and not heavy else []
         list(spread(reduce, first))
         for block in first:                                                # many copies leave no distance between the best groups
             if ((maxima[block][:, k - 1] - maxima[block][:, -1]) * ONE < noise).double().mean() > 1 / 8:
                 return None
         list(spread(reduce, blocks[len(first):]))
+    if whole and among is None and (heavy or GROUP * keep * GATHERING > rows):
+        best = maxima[:, k - 1 if exclude is None else k].double() * ONE - noise                       # one may be the excluded one's
+        return reference.as_keys(best.floor()[:, None], 0), torch.zeros(len(queries), dtype=torch.bool)
     tail = take(slice(whole, rows)).clone()                                                            # it may lie in memory
     size = max(1, min(size, SCORES // (keep * GROUP + len(tail))))
 
@@ -252,7 +259,7 @@ def _above(queries, index, least, k, exclude, threads, spread):
     below it are scored by the reference. That costs another product, however many they are, but for queries with too many."""
     width, limit = queries.shape[1], ALIKE + 16 * k
     bounds = ((least - (2 * width + 41)).double() / ONE).float()               # the noise, and the rounding of the bound
-    size = min(QUERY_BLOCK, -(-len(queries) // threads))
+    size = min(QUERY_BLOCK, -(-len(queries) // threads), max(1, WANTED // limit))
     blocks = [slice(top, min(top + size, len(queries))) for top in range(0, len(queries), size)]
     pairs, counts = [[] for _ in blocks], torch.zeros(len(queries), dtype=torch.int64)
     keys, memory = torch.empty(len(queries), k, dtype=torch.int64), _Memory()
