@@ -81,7 +81,7 @@ def few(queries, index, k, exclude=None):
     copied = not index.is_contiguous() or index.dtype != torch.float32
     if not (0 < count * total <= SCORES and 0 < count * total * width <= PRODUCT) or copied and total * width > NORMALISED:
         return None
-    rows = index.float().contiguous()
+    rows = index.float().contiguous() if copied else index
     a, b, barred = _values(queries), rows.numpy(), None if exclude is None else exclude.numpy()
     precise = b if index.dtype != torch.float64 else _values(index)
     alone = count == 1 and a.dtype == b.dtype and precise is b
@@ -96,7 +96,8 @@ def few(queries, index, k, exclude=None):
 
 
 def _values(rows):
-    return (rows if rows.dtype == torch.float64 else rows.float()).contiguous().numpy()
+    """As direct.py takes them: float64 as they are, others in float32."""
+    return (rows if rows.dtype in (torch.float32, torch.float64) else rows.float()).contiguous().numpy()
 
 
 def topk(queries, index, k, exclude=None):
@@ -142,19 +143,18 @@ def _topk(queries, index, k, exclude, threads, spread):
         part = slice(top, top + size)
         block, barred = queries[part], None if exclude is None else exclude[part]
         found = None if copies else _through(block, index, None, k, barred, threads, spread)
-        if found is None or found[1].any() and found[1].double().mean() < 7 / 8:
+        if found is None or found[1] is not None and found[1].double().mean() < 7 / 8:
             copies = copies or _copies(index)
             if len(copies[1]) < 3 / 4 * len(index):
                 found = _through_distinct(block, index, copies, k, barred, threads, spread)
             elif found is None:                                                # alike, but no copies: bounds from a sample
-                found = _through(block, index, _sample(index, 4 * (k + SPARE)), k, barred, threads, spread)
-                found[1][:] = False
-        keys[part], sure = found
-        unsure = (~sure).nonzero()[:, 0]
-        if len(unsure):
-            least = keys[part][unsure, -1] >> 32
-            keys[part][unsure] = _above(block[unsure], index, least, k, None if barred is None else barred[unsure],
-                                        threads, spread)
+                found = _through(block, index, _sample(index, 4 * (k + SPARE)), k, barred, threads, spread)[0], None
+        mine, sure = keys[part], found[1]
+        mine[:] = found[0]
+        unsure = torch.arange(len(mine)) if sure is None else (~sure).nonzero()[:, 0]
+        for some in unsure.split(max(1, WANTED // (ALIKE + 16 * k))) if len(unsure) else ():
+            mine[some] = _above(block[some], index, mine[some, -1] >> 32, k, None if barred is None else barred[some], threads,
+                                spread)
         top += size
     return keys
 
@@ -187,13 +187,13 @@ def _is_unit(rows, spread):
 def _through(queries, index, among, k, exclude, threads, spread):
     """Queries against the rows `among` (ascending) of the index, None is all -> (Q, k) keys, (Q,) bool: are they sure?
     None where the best rows of many of the first queries are too much alike, before the others pay for it.
-    Where the best groups' rows, scored again, would cost more than another product, no key is sure, but the k-th score no less."""
+    Where scoring the best groups' rows would cost more than another product, None for `sure`: the k-th scores are no less."""
     keep, width, rows = k + SPARE, queries.shape[1], len(index) if among is None else len(among)
     heavy = GROUP * keep * width > 8 * GATHERED
     noise = 2 * width + 40  # of scores that are 2^24 times
     whole = rows - rows % GROUP**2 if rows > GROUP * (keep + GROUP) else 0                             # the others are the tail
-    size = min(QUERY_BLOCK, -(-len(queries) // threads), max(1, WANTED // (GROUP * keep)))
-    probe = -(-size // 4)                      # queries of the first blocks, if all the others are to hear what they find
+    size = min(QUERY_BLOCK, -(-len(queries) // threads), max(1, WANTED // 2 // (GROUP * keep)))
+    probe = -(-size // 8)                      # queries of the first blocks, if all the others are to hear what they find
     probes = probe * threads if among is None and len(queries) >= 2 * threads * size else 0
     begins = [*range(0, probes, probe), *range(probes, len(queries), size)]
     blocks = [slice(begin, end) for begin, end in zip(begins, [*begins[1:], len(queries)])]
@@ -226,8 +226,8 @@ def _through(queries, index, among, k, exclude, threads, spread):
                 return None
         list(spread(reduce, blocks[len(first):]))
     if whole and among is None and (heavy or GROUP * keep * GATHERING > rows):
-        best = maxima[:, k - 1 if exclude is None else k].double() * ONE - noise                       # one may be the excluded one's
-        return reference.as_keys(best.floor()[:, None], 0), torch.zeros(len(queries), dtype=torch.bool)
+        best = maxima[:, k - 1 if exclude is None else k].double() * ONE - noise                       # one may be of the excluded
+        return reference.as_keys(best.floor()[:, None], 0), None
     tail = take(slice(whole, rows)).clone()                                                            # it may lie in memory
     size = max(1, min(size, SCORES // (keep * GROUP + len(tail))))
 
@@ -259,10 +259,12 @@ def _above(queries, index, least, k, exclude, threads, spread):
     below it are scored by the reference. That costs another product, however many they are, but for queries with too many."""
     width, limit = queries.shape[1], ALIKE + 16 * k
     bounds = ((least - (2 * width + 41)).double() / ONE).float()               # the noise, and the rounding of the bound
-    size = min(QUERY_BLOCK, -(-len(queries) // threads), max(1, WANTED // limit))
+    size = min(QUERY_BLOCK, -(-len(queries) // threads))
     blocks = [slice(top, min(top + size, len(queries))) for top in range(0, len(queries), size)]
-    pairs, counts = [[] for _ in blocks], torch.zeros(len(queries), dtype=torch.int64)
-    keys, memory = torch.empty(len(queries), k, dtype=torch.int64), _Memory()
+    # A block's pairs, query * 2^32 + row: in one place that grows, or they would lie between tiles and tear the memory to pieces.
+    pairs, filled = [torch.empty(256 * size, dtype=torch.int64) for _ in blocks], [0 for _ in blocks]
+    counts, keys = torch.zeros(len(queries), dtype=torch.int64), torch.empty(len(queries), k, dtype=torch.int64)
+    memory = _Memory()
 
     def take(places, out):
         _normalised(index[places], out)
@@ -270,27 +272,29 @@ def _above(queries, index, least, k, exclude, threads, spread):
     for left, part in _chunks(index, len(index), take, _is_unit(index, spread), threads, spread):
 
         def collect(number):
-            block, fresh = blocks[number], []
+            block, counted = blocks[number], filled[number]
             for query, row in _at_least(_normalised(queries[block]), part, bounds[block], memory):
-                pairs[number].append((query, row + left))
-                fresh.append(query)
-                if sum(map(len, fresh)) > limit or not len(row):
-                    counts[block] += torch.bincount(torch.cat(fresh), minlength=len(counts[block]))
-                    bounds[block][counts[block] > limit], fresh = torch.inf, []
+                end = filled[number] + len(row)
+                if end > len(pairs[number]):
+                    pairs[number] = torch.cat([pairs[number], torch.empty(end, dtype=torch.int64)])
+                torch.add(query << 32, row + left, out=pairs[number][filled[number]:end])
+                filled[number] = end
+                if end - counted > limit or not len(row):
+                    counts[block] += torch.bincount(pairs[number][counted:end] >> 32, minlength=len(counts[block]))
+                    bounds[block][counts[block] > limit], counted = torch.inf, end
 
         list(spread(collect, range(len(blocks))))
 
     def rank(number):
         block, mine = blocks[number], counts[blocks[number]]
-        query, row = (torch.cat(side) for side in zip(*pairs[number]))
-        query, order = query.sort(stable=True)
+        found = pairs[number][:filled[number]].sort().values
+        query, pairs[number] = found >> 32, None
         places = torch.full((len(mine), max(k, int(mine.max()))), -1, dtype=torch.int64)
-        places[query, torch.arange(len(query)) - (mine.cumsum(0) - mine)[query]] = row[order]
-        order = mine.argsort()                                                 # queries of about as many rows together
-        for some in order[:int((mine <= limit).sum())].split(32) if (mine <= limit).any() else ():
+        places[query, torch.arange(len(query)) - (mine.cumsum(0) - mine)[query]] = found & (2**32 - 1)
+        few = (mine <= limit).sum()
+        for some in mine.argsort()[:few].split(32) if few else ():             # queries of about as many rows together
             barred = None if exclude is None else exclude[block][some]
             keys[block][some] = reference.best(queries[block][some], index, places[some, :max(k, mine[some[-1]])], k, barred)
-        pairs[number] = None
 
     def anew(some):
         keys[some] = reference.topk(queries[some], index, k, None if exclude is None else exclude[some])
@@ -340,17 +344,19 @@ def _chunks(index, rows, take, is_unit, threads, spread):
 
 
 def _copies(index):
-    """Rows of equal values, found by a sum of their bits: the rows sorted by (first of its kind, row), and where a kind begins."""
+    """Rows of equal values, found by a sum of some values' bits: the rows sorted by (first of its kind, row), and where a kind
+    begins. Copies between which others of the same sum lie count as several kinds."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[index.element_size()]
-    factors = torch.randint(-2**62, 2**62, (index.shape[1],), generator=torch.Generator().manual_seed(0))
+    some = index[:, ::-(-index.shape[1] // 64)]
+    factors = torch.randint(-2**62, 2**62, (some.shape[1],), generator=torch.Generator().manual_seed(0))
     sums = torch.empty(len(index), dtype=torch.int64)
     for top in range(0, len(index), 4096):
-        bits = (index[top:top + 4096] + 0).view(integers)                                              # + 0: -0 equals 0
+        bits = (some[top:top + 4096] + 0).view(integers)                                               # + 0: -0 equals 0
         sums[top:top + 4096] = (bits.long() * factors).sum(1)
-    order = sums.argsort(stable=True)
+    sums, order = sums.sort(stable=True)
     new = torch.ones(len(index), dtype=torch.bool)
-    new[1:] = sums[order[1:]] != sums[order[:-1]]
-    for places in (~new).nonzero()[:, 0].split(4096):                                                  # a sum alone proves nothing
+    new[1:] = sums[1:] != sums[:-1]
+    for places in (~new).nonzero()[:, 0].split(max(1, PREPARED // index.shape[1])):                    # a sum alone proves nothing
         new[places] = (index[order[places]] != index[order[places - 1]]).any(1)
     return order, new.nonzero()[:, 0]
 

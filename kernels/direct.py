@@ -51,8 +51,8 @@ def of_one(queries, index, precise, k, exclude, product):
 
 
 def of_many(queries, index, precise, k, exclude, product):
-    """Arrays (Q, D) float32 or float64, (G, D) float32, and the rows as given, the same or float64; product(rows) -> rows @ index.T,
-    which may be overwritten -> scores (Q, k) float32, descending, and rows (Q, k) int64.
+    """Arrays (Q, D) float32 or float64, (G, D) float32, and the rows as given, the same or float64; product(rows), which is
+    rows @ index.T and may be overwritten -> scores (Q, k) float32, descending, and rows (Q, k) int64.
 
     All pairs that float32 does not rule out are scored in float64: those no further below the query's k-th best than its noise.
     None where that is no use: where too many are that near, and for rows whose norm strains float32 or is not finite.

@@ -5,8 +5,10 @@
 reference.py defines the scores, cpu.py and triton_topk.py find the same ones sooner.
 """
 
+import contextlib
 import numbers
 import os
+import warnings
 
 import torch
 
@@ -29,7 +31,7 @@ def cosine_topk(queries, index, k, *, exclude=None, backend="auto"):
     GPU and k and D allow it, else torch. The result is the same.
     Raises ValueError for shapes, types or values that do not fit, and for k above the number of rows left to a query.
     """
-    queries, index = _plain(queries), _plain(index)
+    queries, index = _plain("queries", queries), _plain("index", index)
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend {backend!r} is unknown: use 'auto', 'torch' or 'triton'")
     exclude = _validated(queries, index, k, exclude)
@@ -51,13 +53,26 @@ def cosine_topk(queries, index, k, *, exclude=None, backend="auto"):
     else:
         search = cpu.topk if on_cpu else reference.topk
     # Inference mode is of one thread alone: others may not write into what was made in it.
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(queries.device.type, enabled=False):
+    here = queries.device if torch.get_default_device() != queries.device else contextlib.nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(queries.device.type, enabled=False), here:
         return reference.result(search(queries, index, int(k), exclude))
 
 
-def _plain(matrix):
-    matrix = matrix if isinstance(matrix, torch.Tensor) else torch.as_tensor(matrix)
+def _plain(name, matrix):
+    matrix = _tensor(name, matrix)
     return matrix.detach().resolve_neg() if matrix.requires_grad or matrix.is_neg() else matrix
+
+
+def _tensor(name, values):
+    if isinstance(values, torch.Tensor):
+        return values
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")                # nothing writes into it
+            return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"{name} cannot be taken as a tensor ({reason}): give a tensor or an array of numbers") from None
 
 
 def _validated(queries, index, k, exclude):
@@ -70,13 +85,15 @@ def _validated(queries, index, k, exclude):
         raise ValueError(f"queries have {queries.shape[1]} dimensions, the index has {index.shape[1]}: they must have the same")
     left = index.shape[0]
     if exclude is not None:
-        exclude = torch.as_tensor(exclude, device=queries.device)
+        exclude = _tensor("exclude", exclude).to(queries.device)
         exclude = exclude if exclude.numel() else exclude.long()                    # an empty list is of floats
-        if exclude.shape != queries.shape[:1] or exclude.is_floating_point() or exclude.dtype == torch.bool:
+        if (exclude.shape != queries.shape[:1] or exclude.layout != torch.strided or exclude.is_floating_point()
+                or exclude.is_complex() or exclude.dtype == torch.bool):
             raise ValueError(f"exclude is {tuple(exclude.shape)} {exclude.dtype}: it must hold one integer for each of the "
                              f"{len(queries)} queries")
+        lowest = 0 if exclude.dtype == torch.uint64 else -1
         exclude = exclude.long()
-        outside = (exclude < -1) | (exclude >= len(index))
+        outside = (exclude < lowest) | (exclude >= len(index))
         if outside.any():
             raise ValueError(f"exclude holds {int(exclude[outside][0])}: it must hold rows of the index, 0 to "
                              f"{len(index) - 1}, or -1")

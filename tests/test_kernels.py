@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
@@ -489,6 +490,48 @@ def test_the_noise_of_a_query_grows_with_its_norm(scale):
         queries, index = random_search(seed, 1, 300, 64)
         index = index[:1] + 3e-5 * index
         assert same_bits(cosine_topk(scale * queries, index, 6), reference.result(reference.topk(scale * queries, index, 6)))
+
+
+@pytest.mark.parametrize("values", (None, "abc", [[1.0], [2.0, 3.0]], np.ones((3, 2))[::-1], [2**70]), ids=str)
+def test_what_is_no_array_of_numbers_is_an_error(values):
+    rows = torch.ones(3, 2)
+    for sides in ((values, rows, None), (rows, values, None), (rows, rows, values)):
+        if sides[2] is None and values is None:
+            continue
+        with pytest.raises(ValueError, match=r"(queries|index|exclude) (cannot be|are|is) .*: (give a tensor|they must|it must)"):
+            cosine_topk(*sides[:2], 1, exclude=sides[2])
+
+
+def test_an_array_that_is_not_writable():
+    queries, index = (rows.numpy() for rows in random_search(26, 3, 50, 8))
+    index.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = cosine_topk(queries, index, 4)
+    assert same_bits(found, cosine_topk(torch.tensor(queries), torch.tensor(index), 4))
+
+
+def test_exclude_of_complex_or_too_large_numbers_is_an_error():
+    rows = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="exclude is .*complex"):
+        cosine_topk(rows, rows, 1, exclude=torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="exclude holds"):
+        cosine_topk(rows, rows, 1, exclude=np.full(2, 2**64 - 1, dtype=np.uint64))
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("q, g", ((3, 300), (300, 9001)))
+def test_another_default_device(threads, q, g):
+    queries, index = random_search(27, q, g, 16)
+    expected = cosine_topk(queries, index, 5), cosine_topk(queries, index[:g // 9].repeat(9, 1), 5)
+    try:
+        torch.set_num_threads(threads)
+        torch.set_default_device("meta")
+        found = cosine_topk(queries, index, 5), cosine_topk(queries, index[:g // 9].repeat(9, 1), 5)
+    finally:
+        torch.set_default_device(None)
+        torch.set_num_threads(1)
+    assert all(map(same_bits, found, expected))
 
 
 def test_there_is_no_negative_zero():
