@@ -34,9 +34,10 @@ sys.path.insert(0, str(ROOT))
 
 from shared import fill, output, positive, processor  # noqa: E402
 
-CASES = ("4096x200000x64", "4096x200000x64 clustered", "4096x200000x64 sorted", "4096x200000x64 copies", "4096x200000x64 equal",
-         "4096x200000x256", "4096x1400000x64", "1x300x64", "1x200000x64", "300x300x64", "100x20000x64")
-KINDS = ("random", "clustered", "sorted", "copies", "equal")
+CASES = ("1x300x64", "2x300x64", "10x300x64", "10x1000x64", "300x300x64", "8x2000x64", "300x3000x64", "100x20000x64",
+         "1x200000x64", "4096x200000x64", "4096x200000x64 clustered", "4096x200000x64 sorted", "4096x200000x64 copies",
+         "4096x200000x64 alike", "4096x200000x64 equal", "4096x200000x256", "512x50000x768", "4096x1400000x64")
+KINDS = ("random", "clustered", "sorted", "copies", "alike", "equal")
 CONTENDERS = ("product", "ours", "faiss", "torch", "torch, tiles", "numpy", "scikit-learn", "usearch")
 MODULES = {"faiss": "faiss", "scikit-learn": "sklearn", "usearch": "usearch"}
 PACKAGES = {"faiss": "faiss-cpu", "sklearn": "scikit-learn", "usearch": "usearch", "numpy": "numpy", "torch": "torch"}
@@ -64,12 +65,13 @@ def unit_vectors(queries, index, width, kind):
     import torch
     generator = torch.Generator().manual_seed(0)
     rows, asked = (torch.empty(n, width).normal_(generator=generator) for n in (index, queries))
-    if kind in ("clustered", "copies"):                                        # a thousand clusters; ten copies of each row
-        centres = torch.randn(1000 if kind == "clustered" else -(-index // 10), width, generator=generator)
+    spread = {"clustered": 0.3, "copies": 0, "alike": 0.01}                    # ten copies of each row, else a thousand clusters
+    if kind in spread:
+        centres = torch.randn(-(-index // 10) if kind == "copies" else 1000, width, generator=generator)
         chosen = torch.randint(0, len(centres), (index,), generator=generator)
         for top in range(0, index, 4096):
-            rows[top:top + 4096] = rows[top:top + 4096] * (0.3 if kind == "clustered" else 0) + centres[chosen[top:top + 4096]]
-        asked = 0.3 * asked + centres[torch.randint(0, len(centres), (queries,), generator=generator)]
+            rows[top:top + 4096] = rows[top:top + 4096] * spread[kind] + centres[chosen[top:top + 4096]]
+        asked = (spread[kind] or 0.3) * asked + centres[torch.randint(0, len(centres), (queries,), generator=generator)]
     if kind == "equal":
         rows[:] = rows[0]
     for part in (*rows.split(4096), *asked.split(4096)):

@@ -8,8 +8,11 @@
    16 groups. The k largest values lie in the k groups of largest maxima, these in the k supergroups of largest maxima.
 3. From each of the `keep` > k best groups all rows are scored again, and the best `keep` of them by the reference.
 4. Float32 is off by less than `noise`: if the reference's k-th score is above the best discarded float32 score by more, no
-   discarded row can belong to the result. Queries of which that cannot be said go to the reference; if they are many, copies
-   in the index are the cause: the search is over distinct rows, and copies are put back into the result.
+   discarded row can belong to the result. A query of which that cannot be said has a bound all the same, the k-th score so far:
+   a second product finds all rows that reach it, but for the noise, and the reference scores these.
+5. Where many of the first queries are in doubt, the index is full of copies, and only its distinct rows are searched, before copies
+   are put back into the result; or of rows much alike, and the bounds come from a sample of it. Where k is large, or rows are wide
+   or few, the groups' maxima give the bounds, since scoring the rows of the best groups would cost more than the second product.
 Few pairs, or few rows, are not grouped: direct.py scores what float32 leaves of them, unless too much is alike.
 Copy with: the folder kernels/, torch, numpy.
 """
@@ -152,7 +155,8 @@ def _topk(queries, index, k, exclude, threads, spread):
         mine, sure = keys[part], found[1]
         mine[:] = found[0]
         unsure = torch.arange(len(mine)) if sure is None else (~sure).nonzero()[:, 0]
-        for some in unsure.split(max(1, WANTED // (ALIKE + 16 * k))) if len(unsure) else ():
+        most = max(1, WANTED // (ALIKE + 16 * k))
+        for some in unsure.chunk(-(-len(unsure) // most)) if len(unsure) else ():
             mine[some] = _above(block[some], index, mine[some, -1] >> 32, k, None if barred is None else barred[some], threads,
                                 spread)
         top += size
@@ -259,7 +263,7 @@ def _above(queries, index, least, k, exclude, threads, spread):
     below it are scored by the reference. That costs another product, however many they are, but for queries with too many."""
     width, limit = queries.shape[1], ALIKE + 16 * k
     bounds = ((least - (2 * width + 41)).double() / ONE).float()               # the noise, and the rounding of the bound
-    size = min(QUERY_BLOCK, -(-len(queries) // threads))
+    size = -(-len(queries) // max(threads, -(-len(queries) // QUERY_BLOCK)))
     blocks = [slice(top, min(top + size, len(queries))) for top in range(0, len(queries), size)]
     # A block's pairs, query * 2^32 + row: in one place that grows, or they would lie between tiles and tear the memory to pieces.
     pairs, filled = [torch.empty(256 * size, dtype=torch.int64) for _ in blocks], [0 for _ in blocks]

@@ -26,7 +26,8 @@ def cosine_topk(queries, index, k, *, exclude=None, backend="auto"):
     in ascending order. Scores are computed in float64 and rounded to multiples of 2^-24, so that rounding noise does not order
     equal vectors (unless their cosine is within 1e-9 of the middle between two multiples). The result is the same, bit for
     bit, whatever the blocks, the threads and the batches of queries. Memory beside inputs and result on a CPU: about 80 MB, and
-    10 MB a thread; where rows stand in the index again and again, 32 bytes a row more.
+    10 MB a thread; more where rows are wider than 512 values, and 24 bytes a row where rows stand in the index again and again.
+    While a search is on, torch's number of threads is 1 in this process; a Python thread that first uses torch then keeps it.
     backend: "torch", "triton" (a GPU, or Triton's interpreter; k to 64, D to 1024), or "auto": triton where the queries are on a
     GPU and k and D allow it, else torch. The result is the same.
     Raises ValueError for shapes, types or values that do not fit, and for k above the number of rows left to a query.
