@@ -47,7 +47,7 @@ DIRECT = 8192                  # rows: so few are not grouped
 SCORES = 2**20                 # float32, 4 MB: of all pairs, if they are no more; else of so few rows at a time
 SPARE = 2                      # groups kept more than k
 WANTED = 2**22                 # values of a block of queries' best rows, or groups' rows: 32 MB of their numbers
-GATHERING = 256                # rows of a product, for whose time one of the best groups' rows is gathered and scored again
+GATHERING = 40                 # rows of a product, and one more for each 8 values, in whose time a row is gathered and scored again
 ALIKE = 2048                   # rows that may be as good as a query's k-th, as float32 sees it, and 16 k more
 
 
@@ -151,7 +151,7 @@ def _topk(queries, index, k, exclude, threads, spread):
             if len(copies[1]) < 3 / 4 * len(index):
                 found = _through_distinct(block, index, copies, k, barred, threads, spread)
             elif found is None:                                                # alike, but no copies: bounds from a sample
-                found = _through(block, index, _sample(index, 4 * (k + SPARE)), k, barred, threads, spread)[0], None
+                found = _through(block, index, _sample(index, k), k, barred, threads, spread)[0], None
         mine, sure = keys[part], found[1]
         mine[:] = found[0]
         unsure = torch.arange(len(mine)) if sure is None else (~sure).nonzero()[:, 0]
@@ -163,10 +163,11 @@ def _topk(queries, index, k, exclude, threads, spread):
     return keys
 
 
-def _sample(index, least):
-    """A sixteenth of the rows, but no less than `least`, ascending."""
+def _sample(index, k):
+    """A sixteenth of the rows, ascending; all, where the rows that reach its bound, some 16 k, would be too much to score."""
+    size = len(index) // 16 if 16 * k * index.shape[1] <= GATHERED else len(index)
     order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))
-    return order[:max(least, len(index) // 16)].sort().values
+    return order[:max(size, 4 * (k + SPARE))].sort().values
 
 
 def _normalised(rows, out=None):
@@ -188,10 +189,11 @@ def _is_unit(rows, spread):
     return rows.dtype == torch.float32 and rows.is_contiguous() and all(spread(near, range(0, len(rows), 8192)))
 
 
-def _through(queries, index, among, k, exclude, threads, spread):
+def _through(queries, index, among, k, exclude, threads, spread, bounds=True):
     """Queries against the rows `among` (ascending) of the index, None is all -> (Q, k) keys, (Q,) bool: are they sure?
     None where the best rows of many of the first queries are too much alike, before the others pay for it.
-    Where scoring the best groups' rows would cost more than another product, None for `sure`: the k-th scores are no less."""
+    Where scoring the best groups' rows would cost more than another product, and `bounds` are enough, None for `sure`: the k-th
+    scores are no less."""
     keep, width, rows = k + SPARE, queries.shape[1], len(index) if among is None else len(among)
     heavy = GROUP * keep * width > 8 * GATHERED
     noise = 2 * width + 40  # of scores that are 2^24 times
@@ -229,7 +231,7 @@ def _through(queries, index, among, k, exclude, threads, spread):
             if ((maxima[block][:, k - 1] - maxima[block][:, -1]) * ONE < noise).double().mean() > 1 / 8:
                 return None
         list(spread(reduce, blocks[len(first):]))
-    if whole and among is None and (heavy or GROUP * keep * GATHERING > rows):
+    if whole and bounds and (heavy or GROUP * keep * (GATHERING + width // 8) > rows):
         best = maxima[:, k - 1 if exclude is None else k].double() * ONE - noise                       # one may be of the excluded
         return reference.as_keys(best.floor()[:, None], 0), None
     tail = take(slice(whole, rows)).clone()                                                            # it may lie in memory
@@ -376,7 +378,7 @@ def _through_distinct(queries, index, copies, k, exclude, threads, spread):
         sure = torch.ones(len(queries), dtype=torch.bool)
         found = reference.as_keys(found >> 32, firsts[2**32 - 1 - (found & (2**32 - 1))])
     else:
-        found, sure = _through(queries, index, firsts, several, None, threads, spread)
+        found, sure = _through(queries, index, firsts, several, None, threads, spread, bounds=False)
     keys = torch.empty(len(queries), k, dtype=torch.int64)
     step = max(1, GATHERED // (k + 1)**2)
     for top in range(0, len(queries), step):
