@@ -107,7 +107,7 @@ def topk(queries, index, k, exclude=None):
     keep, width = k + SPARE, queries.shape[1]
     if not len(queries) or len(index) < 4 * keep or not width:
         return reference.topk(queries, index, k, exclude)
-    few_rows = len(index) <= DIRECT and index.numel() <= NORMALISED and len(queries) * len(index) > SCORES     # else few gave up
+    few_rows = len(index) <= DIRECT and index.numel() <= NORMALISED and len(queries) * len(index) > SCORES     # few() gave up else
     with _single_threaded() as threads, ThreadPoolExecutor(threads) as workers:
 
         def spread(search, items):                                             # a thread costs more than a short search
@@ -227,7 +227,7 @@ def _through(queries, index, among, k, exclude, threads, spread, bounds=True):
 
         first = blocks[:threads] if among is None and not left and not heavy else []
         list(spread(reduce, first))
-        for block in first:                                                # many copies leave no distance between the best groups
+        for block in first:                                                # rows much alike: no distance between the best groups
             if ((maxima[block][:, k - 1] - maxima[block][:, -1]) * ONE < noise).double().mean() > 1 / 8:
                 return None
         list(spread(reduce, blocks[len(first):]))

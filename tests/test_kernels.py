@@ -534,6 +534,17 @@ def test_another_default_device(threads, q, g):
     assert all(map(same_bits, found, expected))
 
 
+def test_bounds_by_groups_with_exclusion_and_a_last_row_of_no_whole_group():
+    """So many of so few rows are asked for that two products are made: the nearest row is the excluded one, the next the last."""
+    queries, index = random_search(28, 150, 9001, 16)
+    index[:150], index[-1], exclude = queries, queries[0], torch.arange(150)
+    with patch.object(cpu, "_above", side_effect=cpu._above) as above:
+        found = cosine_topk(queries, index, 40, exclude=exclude)
+    assert above.call_count == 1
+    expected = reference.result(reference.topk(queries, index, 40, exclude))
+    assert expected[1][0, 0] == 9000 and same_bits(found, expected)
+
+
 def test_there_is_no_negative_zero():
     """Nor of a cosine in the middle between 0 and the next score, which is in doubt."""
     queries, index = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1e-9, 1.0], [0.0, 1.0], [-0.5 / GRID, 1.0]])
