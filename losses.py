@@ -32,32 +32,44 @@ def classification_loss(cosines, labels, *, scale=16.0, margin=0.0, kind="normfa
     cosines, labels = _at_least_float32(cosines), labels.long()
     if kind == "normface":
         if margin:
-            raise ValueError(f"margin is {margin} but normface has none: leave it 0, or use kind 'cosface' or 'arcface'")
+            raise ValueError(
+                f"margin is {margin} but normface has none: leave it 0, or use kind 'cosface' or 'arcface'"
+            )
         return F.cross_entropy(scale * cosines, labels)
-    true = cosines.gather(1, labels[:, None])                                   # (B, 1)
+    true = cosines.gather(1, labels[:, None])  # (B, 1)
     if kind == "cosface":
         true = true - margin
     elif kind == "arcface":
         sine_squared = (1 - true) * (1 + true)
-        inside = sine_squared > 0                          # at +-1 the square root has no finite slope: a constant 0 there
+        inside = sine_squared > 0  # at +-1 the square root has no finite slope: a constant 0 there
         sine = torch.where(inside, torch.where(inside, sine_squared, 1.0).sqrt(), 0.0)
         true = true * math.cos(margin) - sine * math.sin(margin)
     else:
-        raise ValueError(f"classification loss {kind!r} is unknown: use 'normface', 'cosface' or 'arcface'")
+        raise ValueError(
+            f"classification loss {kind!r} is unknown: use 'normface', 'cosface' or 'arcface'"
+        )
     return F.cross_entropy(scale * cosines.scatter(1, labels[:, None], true), labels)
 
 
-def logit_distillation_loss(student_cosines, teacher_cosines, *, student_temperature=0.1, teacher_temperature=0.1):
+def logit_distillation_loss(
+    student_cosines, teacher_cosines, *, student_temperature=0.1, teacher_temperature=0.1
+):
     """KL(softmax(teacher cosines / 0.1) || softmax(student cosines / 0.1)), averaged over the batch; no T^2 factor.
 
     student_cosines, teacher_cosines: (B, C) in [-1, 1].  Range [0, inf); 0 with zero gradient where the two agree.
     Gradient: to `student_cosines` only.  Raises ValueError for shapes that differ.  Source: paper section 3, official temperatures.
     """
     if student_cosines.shape != teacher_cosines.shape:
-        raise ValueError(f"student cosines are {tuple(student_cosines.shape)}, teacher cosines {tuple(teacher_cosines.shape)}: "
-                         "both must be (B, C) of the same batch and classes")
-    student = F.log_softmax(_at_least_float32(student_cosines) / student_temperature, dim=1)              # (B, C)
-    teacher = F.log_softmax(_at_least_float32(teacher_cosines).detach() / teacher_temperature, dim=1)     # (B, C)
+        raise ValueError(
+            f"student cosines are {tuple(student_cosines.shape)}, teacher cosines {tuple(teacher_cosines.shape)}: "
+            "both must be (B, C) of the same batch and classes"
+        )
+    student = F.log_softmax(
+        _at_least_float32(student_cosines) / student_temperature, dim=1
+    )  # (B, C)
+    teacher = F.log_softmax(
+        _at_least_float32(teacher_cosines).detach() / teacher_temperature, dim=1
+    )  # (B, C)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
@@ -70,7 +82,9 @@ def relational_distillation_loss(student, teacher, *, scale=32.0):
     Source: paper section 3; the official sum works out as scale 32 at its batch of 128.
     """
     if len(student) != len(teacher):
-        raise ValueError(f"there are {len(student)} student and {len(teacher)} teacher embeddings: they must be of the same images")
+        raise ValueError(
+            f"there are {len(student)} student and {len(teacher)} teacher embeddings: they must be of the same images"
+        )
     student = F.normalize(_at_least_float32(student), dim=1)
     teacher = F.normalize(_at_least_float32(teacher).detach(), dim=1)
     with torch.autocast(student.device.type, enabled=False):

@@ -17,14 +17,18 @@ import torch.nn.functional as F
 from torch import nn
 
 ACTIVATIONS = {
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),             # AugReg and the other JAX weights
-    "gelu": F.gelu,                                               # timm's own, open_clip's LAION weights
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),         # OpenAI's CLIP
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # AugReg and the other JAX weights
+    "gelu": F.gelu,  # timm's own, open_clip's LAION weights
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # OpenAI's CLIP
 }
 
-SIZES = {                                                         # S/16, B/16, L/16: arXiv:2010.11929 and 2106.10270
-    "micro": dict(image_size=48, patch_size=16, width=96, depth=2, heads=3, stem="conv"),   # ours: learn from small data, on a
-    "mini": dict(image_size=48, patch_size=16, width=128, depth=4, heads=4, stem="conv"),   # processor
+SIZES = {  # S/16, B/16, L/16: arXiv:2010.11929 and 2106.10270
+    "micro": dict(
+        image_size=48, patch_size=16, width=96, depth=2, heads=3, stem="conv"
+    ),  # ours: learn from small data, on a
+    "mini": dict(
+        image_size=48, patch_size=16, width=128, depth=4, heads=4, stem="conv"
+    ),  # processor
     "s16": dict(image_size=224, patch_size=16, width=384, depth=12, heads=6),
     "b16": dict(image_size=224, patch_size=16, width=768, depth=12, heads=12),
     "l16": dict(image_size=224, patch_size=16, width=1024, depth=24, heads=16),
@@ -51,15 +55,21 @@ class PatchEmbed(nn.Module):
         super().__init__()
         if stem == "patch":
             self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
-        elif stem == "conv":                                      # early convolutions: arXiv:2106.14881
+        elif stem == "conv":  # early convolutions: arXiv:2106.14881
             halvings = patch_size.bit_length() - 1
             if patch_size != 2**halvings or halvings < 1:
-                raise ValueError(f"patch size {patch_size} cannot be had from convolutions of stride 2: use a power of 2, or "
-                                 "stem='patch'")
+                raise ValueError(
+                    f"patch size {patch_size} cannot be had from convolutions of stride 2: use a power of 2, or "
+                    "stem='patch'"
+                )
             channels = [3] + [max(width * (i + 1) // halvings, 8) for i in range(halvings)]
             layers = []
             for before, after in zip(channels, channels[1:]):
-                layers += [StandardisedConv2d(before, after, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, after), nn.ReLU()]
+                layers += [
+                    StandardisedConv2d(before, after, 3, stride=2, padding=1, bias=False),
+                    nn.GroupNorm(1, after),
+                    nn.ReLU(),
+                ]
             self.proj = nn.Sequential(*layers, StandardisedConv2d(channels[-1], width, 1))
         else:
             raise ValueError(f"stem {stem!r} is unknown: use 'patch' or 'conv'")
@@ -75,8 +85,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x):                                                                        # (B, N+1, D)
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)           # 3 x (B, heads, N+1, D/heads)
+    def forward(self, x):  # (B, N+1, D)
+        q, k, v = (
+            self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # 3 x (B, heads, N+1, D/heads)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -114,20 +126,43 @@ class ViT(nn.Module):
     Raises ValueError for sizes that do not divide, unknown names, and images of another size.
     """
 
-    def __init__(self, image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_ratio=4.0, *,
-                 activation="gelu_tanh", norm_eps=1e-6, pre_norm=False, stem="patch"):
+    def __init__(
+        self,
+        image_size=224,
+        patch_size=16,
+        width=768,
+        depth=12,
+        heads=12,
+        mlp_ratio=4.0,
+        *,
+        activation="gelu_tanh",
+        norm_eps=1e-6,
+        pre_norm=False,
+        stem="patch",
+    ):
         super().__init__()
         if image_size % patch_size or width % heads:
-            raise ValueError(f"image size {image_size} must be a multiple of patch size {patch_size}, and width {width} a "
-                             f"multiple of the {heads} heads")
-        self.architecture = dict(image_size=image_size, patch_size=patch_size, width=width, depth=depth, heads=heads,
-                                 mlp_ratio=mlp_ratio, stem=stem)
+            raise ValueError(
+                f"image size {image_size} must be a multiple of patch size {patch_size}, and width {width} a "
+                f"multiple of the {heads} heads"
+            )
+        self.architecture = dict(
+            image_size=image_size,
+            patch_size=patch_size,
+            width=width,
+            depth=depth,
+            heads=heads,
+            mlp_ratio=mlp_ratio,
+            stem=stem,
+        )
         self.width = width
         self.patch_embed = PatchEmbed(patch_size, width, stem)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, width))
         self.norm_pre = nn.Identity()
-        self.blocks = nn.ModuleList(Block(width, heads, int(width * mlp_ratio), activation) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, int(width * mlp_ratio), activation) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(width)
         self.set_family(activation, norm_eps, pre_norm)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -140,7 +175,9 @@ class ViT(nn.Module):
     def set_family(self, activation, norm_eps, pre_norm):
         """Switches what a family of public weights fixes beside the weights; `architecture` always rebuilds the module."""
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation {activation!r} is unknown: use one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"activation {activation!r} is unknown: use one of {', '.join(ACTIVATIONS)}"
+            )
         width, stem = self.architecture["width"], self.architecture["stem"]
         if pre_norm and stem != "patch":
             raise ValueError(f"pre_norm goes with stem 'patch', not with stem {stem!r}")
@@ -148,7 +185,9 @@ class ViT(nn.Module):
         if pre_norm != isinstance(self.norm_pre, nn.LayerNorm):
             self.norm_pre = nn.LayerNorm(width, **like) if pre_norm else nn.Identity()
         if stem == "patch" and pre_norm == (self.patch_embed.proj.bias is not None):
-            self.patch_embed.proj.bias = None if pre_norm else nn.Parameter(torch.zeros(width, **like))
+            self.patch_embed.proj.bias = (
+                None if pre_norm else nn.Parameter(torch.zeros(width, **like))
+            )
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = norm_eps
@@ -159,20 +198,26 @@ class ViT(nn.Module):
     def forward(self, images):
         size = self.architecture["image_size"]
         if images.shape[1:] != (3, size, size):
-            raise ValueError(f"images are {tuple(images.shape)}: this ViT takes (B, 3, {size}, {size})")
-        x = self.patch_embed(images)                                                             # (B, N, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed        # (B, N+1, D)
+            raise ValueError(
+                f"images are {tuple(images.shape)}: this ViT takes (B, 3, {size}, {size})"
+            )
+        x = self.patch_embed(images)  # (B, N, D)
+        x = (
+            torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        )  # (B, N+1, D)
         x = self.norm_pre(x)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)[:, 0]                                                                # (B, D)
+        return self.norm(x)[:, 0]  # (B, D)
 
 
 class LecunLinear(nn.Linear):
     """Linear with bias; Lecun-normal weights (truncated at 2 std), zero bias."""
 
     def reset_parameters(self):
-        std = self.in_features ** -0.5 / 0.87962566              # truncation at 2 std shrinks a normal to 0.8796 of its std
+        std = (
+            self.in_features**-0.5 / 0.87962566
+        )  # truncation at 2 std shrinks a normal to 0.8796 of its std
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(self.bias)
 
@@ -188,7 +233,10 @@ class MlpHead(nn.Sequential):
     """(B, D) -> (B, width) unit rows: `layers` Linear layers, LayerNorm and GELU between them (the paper's variant), then L2."""
 
     def __init__(self, in_width, width, layers):
-        between = [(LecunLinear(in_width, in_width), nn.LayerNorm(in_width), nn.GELU()) for _ in range(layers - 1)]
+        between = [
+            (LecunLinear(in_width, in_width), nn.LayerNorm(in_width), nn.GELU())
+            for _ in range(layers - 1)
+        ]
         super().__init__(*sum(between, ()), LecunLinear(in_width, width))
 
     def forward(self, x):
@@ -215,11 +263,11 @@ class CosineClassifier(nn.Linear):
 
 
 class Outputs(NamedTuple):
-    backbone: torch.Tensor             # (B, D) unit rows
-    student: torch.Tensor              # (B, S) unit rows, the universal embedding
-    teacher: torch.Tensor              # (B, T) unit rows; None in a model without teachers
-    student_cosines: torch.Tensor      # (B, C)
-    teacher_cosines: torch.Tensor      # (B, C); None in a model without teachers
+    backbone: torch.Tensor  # (B, D) unit rows
+    student: torch.Tensor  # (B, S) unit rows, the universal embedding
+    teacher: torch.Tensor  # (B, T) unit rows; None in a model without teachers
+    student_cosines: torch.Tensor  # (B, C)
+    teacher_cosines: torch.Tensor  # (B, C); None in a model without teachers
 
 
 class UDON(nn.Module):
@@ -236,25 +284,37 @@ class UDON(nn.Module):
         super().__init__()
         for domain, count in classes.items():
             if not domain or "." in domain or hasattr(nn.ModuleDict(), domain) or count < 1:
-                raise ValueError(f"domain {domain!r} with {count} classes: the name must have no dot and be none, such as 'keys', "
-                                 "that torch.nn.ModuleDict uses itself, and there must be at least 1 class: rename the domain")
+                raise ValueError(
+                    f"domain {domain!r} with {count} classes: the name must have no dot and be none, such as 'keys', "
+                    "that torch.nn.ModuleDict uses itself, and there must be at least 1 class: rename the domain"
+                )
         self.backbone = backbone
         self.student_head = build_head(backbone.width, student_dim, head_layers)
-        self.student_classifiers = nn.ModuleDict({d: CosineClassifier(student_dim, c) for d, c in classes.items()})
+        self.student_classifiers = nn.ModuleDict(
+            {d: CosineClassifier(student_dim, c) for d, c in classes.items()}
+        )
         taught = classes if teacher_dim else {}
-        self.teacher_heads = nn.ModuleDict({d: build_head(backbone.width, teacher_dim, head_layers) for d in taught})
-        self.teacher_classifiers = nn.ModuleDict({d: CosineClassifier(teacher_dim, c) for d, c in taught.items()})
+        self.teacher_heads = nn.ModuleDict(
+            {d: build_head(backbone.width, teacher_dim, head_layers) for d in taught}
+        )
+        self.teacher_classifiers = nn.ModuleDict(
+            {d: CosineClassifier(teacher_dim, c) for d, c in taught.items()}
+        )
 
     def forward(self, images, domain):
         if domain not in self.student_classifiers:
-            raise ValueError(f"domain {domain!r} is unknown to the model: use one of {', '.join(self.student_classifiers)}")
-        backbone = self.embed_backbone(images)                                                   # (B, D)
-        student = self.student_head(backbone)                                                    # (B, S)
-        student_cosines = self.student_classifiers[domain](student)                              # (B, C)
+            raise ValueError(
+                f"domain {domain!r} is unknown to the model: use one of {', '.join(self.student_classifiers)}"
+            )
+        backbone = self.embed_backbone(images)  # (B, D)
+        student = self.student_head(backbone)  # (B, S)
+        student_cosines = self.student_classifiers[domain](student)  # (B, C)
         if not self.teacher_heads:
             return Outputs(backbone, student, None, student_cosines, None)
-        teacher = self.teacher_heads[domain](backbone)                                           # (B, T)
-        return Outputs(backbone, student, teacher, student_cosines, self.teacher_classifiers[domain](teacher))
+        teacher = self.teacher_heads[domain](backbone)  # (B, T)
+        return Outputs(
+            backbone, student, teacher, student_cosines, self.teacher_classifiers[domain](teacher)
+        )
 
     def embed_backbone(self, images):
         """(B, 3, H, W) -> (B, D) unit rows: what every head reads."""

@@ -40,20 +40,32 @@ class DomainSampler:
         if not self.domains or len(set(self.domains)) < len(self.domains):
             raise ValueError(f"domains are {list(self.domains)}: give at least one, each once")
         if strategy not in STRATEGIES:
-            raise ValueError(f"sampler strategy {strategy!r} is unknown: use one of {', '.join(STRATEGIES)}")
+            raise ValueError(
+                f"sampler strategy {strategy!r} is unknown: use one of {', '.join(STRATEGIES)}"
+            )
         if self.period < len(self.domains):
-            raise ValueError(f"sampler period {period} is shorter than the {len(self.domains)} domains: use at least "
-                             f"{len(self.domains)}, so that each domain can be served in each period")
+            raise ValueError(
+                f"sampler period {period} is shorter than the {len(self.domains)} domains: use at least "
+                f"{len(self.domains)}, so that each domain can be served in each period"
+            )
         if self.period != period or self.seed != seed or self.seed < 0:
-            raise ValueError(f"sampler period is {period} and seed {seed}: both must be integers, the seed 0 or more")
+            raise ValueError(
+                f"sampler period is {period} and seed {seed}: both must be integers, the seed 0 or more"
+            )
         weights = dict.fromkeys(self.domains, 1.0)
         if strategy == "size":
-            if sizes is None or set(sizes) != set(self.domains) or not all(0 < size < math.inf for size in sizes.values()):
-                raise ValueError(f"sampler strategy 'size' got sizes {sizes}: give a positive number for each of the domains "
-                                 f"{list(self.domains)}")
+            if (
+                sizes is None
+                or set(sizes) != set(self.domains)
+                or not all(0 < size < math.inf for size in sizes.values())
+            ):
+                raise ValueError(
+                    f"sampler strategy 'size' got sizes {sizes}: give a positive number for each of the domains "
+                    f"{list(self.domains)}"
+                )
             weights = {domain: float(sizes[domain]) for domain in self.domains}
-        self._step = 0                                            # draws so far
-        self._weights = self._with_floor(weights)                 # of the period in progress
+        self._step = 0  # draws so far
+        self._weights = self._with_floor(weights)  # of the period in progress
         self._forget_window()
 
     def draw(self):
@@ -71,9 +83,13 @@ class DomainSampler:
         """Records the teacher classification loss (finite, >= 0) of a batch of `domain`. Raises ValueError otherwise."""
         loss = float(loss)
         if domain not in self._sums:
-            raise ValueError(f"domain {domain!r} is not one of the sampler's: {', '.join(self.domains)}")
+            raise ValueError(
+                f"domain {domain!r} is not one of the sampler's: {', '.join(self.domains)}"
+            )
         if not (math.isfinite(loss) and loss >= 0):
-            raise ValueError(f"the loss observed for domain {domain!r} is {loss}: it must be finite and not negative")
+            raise ValueError(
+                f"the loss observed for domain {domain!r} is {loss}: it must be finite and not negative"
+            )
         self._sums[domain] += loss
         self._counts[domain] += 1
 
@@ -90,21 +106,37 @@ class DomainSampler:
         between_periods = self._step and self._step % self.period == 0
         if self.strategy != "dynamic" or not between_periods or not 0 < total < math.inf:
             return dict(self._weights)
-        return self._with_floor({d: means[d] / total if d in means else self._weights[d] for d in self.domains})
+        return self._with_floor(
+            {d: means[d] / total if d in means else self._weights[d] for d in self.domains}
+        )
 
     def state_dict(self):
         """All that decides what comes next, as plain Python values; independent of the sampler's further life."""
-        return {"domains": list(self.domains), "strategy": self.strategy, "period": self.period, "seed": self.seed,
-                "step": self._step, "weights": dict(self._weights), "sums": dict(self._sums), "counts": dict(self._counts)}
+        return {
+            "domains": list(self.domains),
+            "strategy": self.strategy,
+            "period": self.period,
+            "seed": self.seed,
+            "step": self._step,
+            "weights": dict(self._weights),
+            "sums": dict(self._sums),
+            "counts": dict(self._counts),
+        }
 
     def load_state_dict(self, state):
         """Continues where `state` was taken. Raises ValueError if it belongs to other domains or another strategy."""
         for name in ("domains", "strategy"):
             mine = self.state_dict()[name]
             if state[name] != mine:
-                raise ValueError(f"the sampler state has {name} {state[name]}, this sampler has {mine}: they must be the same")
+                raise ValueError(
+                    f"the sampler state has {name} {state[name]}, this sampler has {mine}: they must be the same"
+                )
         self.period, self.seed, self._step = state["period"], state["seed"], state["step"]
-        self._weights, self._sums, self._counts = dict(state["weights"]), dict(state["sums"]), dict(state["counts"])
+        self._weights, self._sums, self._counts = (
+            dict(state["weights"]),
+            dict(state["sums"]),
+            dict(state["counts"]),
+        )
         if self._step % self.period:
             self._order = self._order_of_period(self._weights)
 
@@ -115,9 +147,13 @@ class DomainSampler:
         """Weights scaled to sum 1, those below 1 / period raised to it at the expense of the others."""
         floor, low = 1 / self.period, set()
         while True:
-            scale = (1 - floor * len(low)) / (sum(w for d, w in weights.items() if d not in low) or 1.0)
+            scale = (1 - floor * len(low)) / (
+                sum(w for d, w in weights.items() if d not in low) or 1.0
+            )
             lower = {d for d, w in weights.items() if d not in low and w * scale < floor}
-            if not lower or len(low | lower) == len(weights):       # all at the floor: the period is as long as the domains
+            if not lower or len(low | lower) == len(
+                weights
+            ):  # all at the floor: the period is as long as the domains
                 return {d: floor if d in low else w * scale for d, w in weights.items()}
             low |= lower
 
@@ -125,10 +161,13 @@ class DomainSampler:
         """The period's domains, one a step, for the period that the next draw belongs to."""
         index = self._step // self.period
         if self.strategy == "round_robin" or (self.strategy == "dynamic" and index == 0):
-            return [self.domains[step % len(self.domains)] for step in range(index * self.period, (index + 1) * self.period)]
+            return [
+                self.domains[step % len(self.domains)]
+                for step in range(index * self.period, (index + 1) * self.period)
+            ]
         exact = np.array([weights[d] for d in self.domains]) * self.period
         quotas = np.floor(exact).astype(int)
         largest_remainder = np.argsort(quotas - exact, kind="stable")
-        quotas[largest_remainder[:self.period - quotas.sum()]] += 1
+        quotas[largest_remainder[: self.period - quotas.sum()]] += 1
         shuffle = np.random.default_rng((self.seed, index)).permutation(self.period)
         return np.repeat(np.array(self.domains, dtype=object), quotas)[shuffle].tolist()

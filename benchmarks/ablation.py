@@ -24,13 +24,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from shared import fill, positive  # noqa: E402
+
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import udon  # noqa: E402
-from shared import fill, positive  # noqa: E402
 
 RESULTS, RUNS = ROOT / "results" / "ablation", ROOT / "runs" / "ablation"
-MAIN, SHORT = 5, 3                                                # seeds of a main row and of the others
+MAIN, SHORT = 5, 3  # seeds of a main row and of the others
 BASELINE = "usc-rr"
 
 # row -> (seeds, options of udon.py train, the row whose runs are its frozen teachers); `specialists` rows are one run a domain.
@@ -47,7 +48,11 @@ ROWS = {
     "specialists-256": (MAIN, "--method usc --student-dim 256", None),
     "teachers": (MAIN, "--method teachers", None),
     "distill-8": (MAIN, "--method distill --distill-into-backbone", "specialists-256"),
-    "distill-8-paper": (MAIN, "--method distill --distill-into-backbone --negatives domain", "specialists-256"),
+    "distill-8-paper": (
+        MAIN,
+        "--method distill --distill-into-backbone --negatives domain",
+        "specialists-256",
+    ),
     "distill-1": (MAIN, "--method distill --distill-into-backbone", "teachers"),
     "specialists-256-twice": (MAIN, "--method usc --student-dim 256", None),
     "distill-8-twice": (MAIN, "--method distill --distill-into-backbone", "specialists-256-twice"),
@@ -75,16 +80,26 @@ ROWS = {
 # One setting of the default or of the published method changed, read on val; two seeds, of which the tables say how many are there.
 FEW = 2
 SETTINGS = {
-    "backbone-lr-1e-4": "--backbone-lr 1e-4", "backbone-lr-1e-3": "--backbone-lr 1e-3",
-    "head-lr-1e-3": "--head-lr 1e-3", "head-lr-1e-2": "--head-lr 1e-2",
-    "frozen-0": "--frozen-epochs 0", "frozen-2": "--frozen-epochs 2", "cosine": "--schedule cosine",
-    "scale-8": "--scale 8", "scale-32": "--scale 32",
-    "temperature-0.05": "--temperature 0.05", "temperature-0.2": "--temperature 0.2",
-    "relational-8": "--relational-scale 8", "relational-128": "--relational-scale 128",
-    "batch-32": "--batch-size 32", "batch-128": "--batch-size 128",
-    "domain-margin-0.1": "--domain-margin 0.1", "domain-margin-0.4": "--domain-margin 0.4",
+    "backbone-lr-1e-4": "--backbone-lr 1e-4",
+    "backbone-lr-1e-3": "--backbone-lr 1e-3",
+    "head-lr-1e-3": "--head-lr 1e-3",
+    "head-lr-1e-2": "--head-lr 1e-2",
+    "frozen-0": "--frozen-epochs 0",
+    "frozen-2": "--frozen-epochs 2",
+    "cosine": "--schedule cosine",
+    "scale-8": "--scale 8",
+    "scale-32": "--scale 32",
+    "temperature-0.05": "--temperature 0.05",
+    "temperature-0.2": "--temperature 0.2",
+    "relational-8": "--relational-scale 8",
+    "relational-128": "--relational-scale 128",
+    "batch-32": "--batch-size 32",
+    "batch-128": "--batch-size 128",
+    "domain-margin-0.1": "--domain-margin 0.1",
+    "domain-margin-0.4": "--domain-margin 0.4",
     "crops-0.3": "--min-area 0.3",
-    "paper-period-25": f"{PAPER} dynamic --period 25", "paper-period-400": f"{PAPER} dynamic --period 400",
+    "paper-period-25": f"{PAPER} dynamic --period 25",
+    "paper-period-400": f"{PAPER} dynamic --period 400",
     "paper-scale-32": f"{PAPER} round_robin --scale 32",
 }
 ROWS |= {row: (FEW, options, None) for row, options in SETTINGS.items()}
@@ -94,10 +109,16 @@ TIMES = {"specialists-256-twice": 2}
 def config_of(row, **more):
     """The resolved configuration of a row, of its own options and `more`, where they say nothing."""
     given = vars(udon.command_line().parse_args(["train", *ROWS[row][1].split()]))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
     if teachers := ROWS[row][2]:
         given["teachers"] = teachers
-    return udon.resolve(udon.Config(**{**more, **{name: given[name] for name in given if name not in ("command", "resume")}}))
+    return udon.resolve(
+        udon.Config(
+            **{**more, **{name: given[name] for name in given if name not in ("command", "resume")}}
+        )
+    )
 
 
 # Running ---------------------------------------------------------------------------------------------------------------------
@@ -108,10 +129,18 @@ def call(*arguments, log):
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        code = subprocess.call([sys.executable, *map(str, arguments)], stdout=file, stderr=file, env=environment, cwd=ROOT)
+        code = subprocess.call(
+            [sys.executable, *map(str, arguments)],
+            stdout=file,
+            stderr=file,
+            env=environment,
+            cwd=ROOT,
+        )
     if code:
-        raise data.InputError(f"{' '.join(map(str, arguments))} ended with status {code}: mend what the end of {log} says, and "
-                              "start again, which goes on with what is there")
+        raise data.InputError(
+            f"{' '.join(map(str, arguments))} ended with status {code}: mend what the end of {log} says, and "
+            "start again, which goes on with what is there"
+        )
 
 
 def train(folder, options):
@@ -130,7 +159,15 @@ class Grid:
         self.locks, self.lock = {}, threading.Lock()
 
     def command(self, row, seed):
-        command = ["--data", self.options.data, "--seed", seed, "--workers", 0, *ROWS[row][1].split()]
+        command = [
+            "--data",
+            self.options.data,
+            "--seed",
+            seed,
+            "--workers",
+            0,
+            *ROWS[row][1].split(),
+        ]
         if teachers := ROWS[row][2]:
             of = self.options.runs / teachers / f"seed{seed}"
             command += ["--teachers", of if teachers.startswith("specialists") else of / "best.pt"]
@@ -144,8 +181,10 @@ class Grid:
             folder, command = self.options.runs / row / f"seed{seed}", self.command(row, seed)
             if row.startswith("specialists"):
                 share = {domain: self.share(domain, TIMES.get(row, 1)) for domain in self.domains}
-                return folder, {domain: train(folder / domain, [*command, "--domains", domain, *share[domain]])
-                                for domain in self.domains}
+                return folder, {
+                    domain: train(folder / domain, [*command, "--domains", domain, *share[domain]])
+                    for domain in self.domains
+                }
             if teachers := ROWS[row][2]:
                 self.runs(teachers, seed)
             return folder, {row: train(folder, command)}
@@ -157,8 +196,14 @@ class Grid:
         splits = {d: data.Benchmark(self.options.data).split(d, "train") for d in self.domains}
         run = udon.Run.of(config, splits, None)
         epoch = udon.Run.of(config, {domain: splits[domain]}, None).steps_per_epoch
-        return ["--steps", times * run.steps // parts, "--frozen-epochs", times * run.frozen_steps / parts / epoch,
-                "--val-every", max(1, times * run.steps_per_epoch // parts)]
+        return [
+            "--steps",
+            times * run.steps // parts,
+            "--frozen-epochs",
+            times * run.frozen_steps / parts / epoch,
+            "--val-every",
+            max(1, times * run.steps_per_epoch // parts),
+        ]
 
     def run(self, row, seed):
         target = self.options.results / row / f"seed{seed}.json"
@@ -166,25 +211,54 @@ class Grid:
             return
         print(f"{time.strftime('%H:%M:%S')} {row} seed {seed}", flush=True)
         folder, parts = self.runs(row, seed)
-        result = {"row": row, "seed": seed, "command": " ".join(map(str, ["python udon.py train", *self.command(row, seed)])),
-                  **combined(parts), "further": {}}
+        result = {
+            "row": row,
+            "seed": seed,
+            "command": " ".join(map(str, ["python udon.py train", *self.command(row, seed)])),
+            **combined(parts),
+            "further": {},
+        }
         if not row.startswith("specialists"):
             result["config"] = json.loads((folder / "config.json").read_text())
-            further = [("student", "separate"), ("backbone", "merged")] if ROWS[row][0] == MAIN and row != "teachers" else []
+            further = (
+                [("student", "separate"), ("backbone", "merged")]
+                if ROWS[row][0] == MAIN and row != "teachers"
+                else []
+            )
             if further and result["method"] == "udon":
                 further.append(("teacher", "separate"))
             for embedding, index in further:
                 file = folder / f"{embedding}-{index}.json"
-                call("evaluate.py", folder / "best.pt", "--embedding", embedding, "--index", index, "--json", file,
-                     log=folder.with_suffix(".log"))
+                call(
+                    "evaluate.py",
+                    folder / "best.pt",
+                    "--embedding",
+                    embedding,
+                    "--index",
+                    index,
+                    "--json",
+                    file,
+                    log=folder.with_suffix(".log"),
+                )
                 measured = json.loads(file.read_text())
-                result["further"][f"{embedding}-{index}"] = {"mean": measured["mean"], "domains": measured["domains"]}
-        result |= {"version": version(), "machine": f"{platform.machine()}, {os.cpu_count()} processors, one thread a run",
-                   "date": time.strftime("%Y-%m-%d")}
+                result["further"][f"{embedding}-{index}"] = {
+                    "mean": measured["mean"],
+                    "domains": measured["domains"],
+                }
+        result |= {
+            "version": version(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} processors, one thread a run",
+            "date": time.strftime("%Y-%m-%d"),
+        }
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.with_suffix(".partial").write_text(relative(json.dumps(result, indent=1), self.options.data) + "\n")
+        target.with_suffix(".partial").write_text(
+            relative(json.dumps(result, indent=1), self.options.data) + "\n"
+        )
         os.replace(target.with_suffix(".partial"), target)
-        print(f"{time.strftime('%H:%M:%S')} {row} seed {seed}: R@1 {100 * result['mean']['recall_at_1']:.2f}", flush=True)
+        print(
+            f"{time.strftime('%H:%M:%S')} {row} seed {seed}: R@1 {100 * result['mean']['recall_at_1']:.2f}",
+            flush=True,
+        )
 
 
 def relative(text, root):
@@ -196,19 +270,35 @@ def combined(parts):
     """One result of the runs of one row: itself, or the specialists' domains side by side."""
     if len(parts) == 1:
         (result,) = parts.values()
-        return {key: value for key, value in result.items() if key != "untrained"} | {"untrained": result["untrained"]["mean"]}
+        return {key: value for key, value in result.items() if key != "untrained"} | {
+            "untrained": result["untrained"]["mean"]
+        }
     domains = {domain: result["domains"][domain] for domain, result in parts.items()}
     mean = {metric: statistics.fmean(row[metric] for row in domains.values()) for metric in METRICS}
-    return {"mean": mean, "domains": domains, "index": "separate", "embedding": "student", "method": "specialists",
-            "parameters": {name: sum(r["parameters"][name] for r in parts.values()) for name in ("trained", "inference")},
-            "images": {domain: r["images"][domain] for domain, r in parts.items()},
-            "seconds": sum(r["seconds"] for r in parts.values()), "cpu_seconds": sum(r["cpu_seconds"] for r in parts.values())}
+    return {
+        "mean": mean,
+        "domains": domains,
+        "index": "separate",
+        "embedding": "student",
+        "method": "specialists",
+        "parameters": {
+            name: sum(r["parameters"][name] for r in parts.values())
+            for name in ("trained", "inference")
+        },
+        "images": {domain: r["images"][domain] for domain, r in parts.items()},
+        "seconds": sum(r["seconds"] for r in parts.values()),
+        "cpu_seconds": sum(r["cpu_seconds"] for r in parts.values()),
+    }
 
 
 def version():
     """The commit of the code, marked where files differ from it."""
-    git = lambda *arguments: subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "*.py") else "")
+    git = lambda *arguments: subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
+    return git("rev-parse", "--short=10", "HEAD") + (
+        "+" if git("status", "--porcelain", "*.py") else ""
+    )
 
 
 # Tables ----------------------------------------------------------------------------------------------------------------------
@@ -239,7 +329,11 @@ def interval(values):
 def p_value(differences):
     """Two-sided p of a paired t-test: that the mean difference is 0."""
     spread = statistics.stdev(differences) / math.sqrt(len(differences))
-    return 0.0 if spread == 0 else 1 - within(abs(statistics.fmean(differences)) / spread, len(differences) - 1)
+    return (
+        0.0
+        if spread == 0
+        else 1 - within(abs(statistics.fmean(differences)) / spread, len(differences) - 1)
+    )
 
 
 def read(folder):
@@ -251,11 +345,15 @@ def read(folder):
             [result[name] for name in ("mean", "domains", "further", "parameters")]
             found.setdefault(result["row"], {})[result["seed"]] = result
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise data.InputError(f"{file} is no result of a run ({type(error).__name__}: {error}): delete it, and train its row "
-                                  "again") from None
+            raise data.InputError(
+                f"{file} is no result of a run ({type(error).__name__}: {error}): delete it, and train its row "
+                "again"
+            ) from None
     if BASELINE not in found:
-        raise data.InputError(f"--results {folder} holds no result of {BASELINE}, which the tables compare with: train that row, "
-                              "or give another folder")
+        raise data.InputError(
+            f"--results {folder} holds no result of {BASELINE}, which the tables compare with: train that row, "
+            "or give another folder"
+        )
     return found
 
 
@@ -263,15 +361,22 @@ def read_times(path):
     """{row: {"to_usc": ratio, "frozen_to_usc": ratio}} of what step_overhead.py wrote. Raises data.InputError for another file."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return {row: {name: float(times[name]) for name in ("to_usc", "frozen_to_usc")} for row, times in rows.items()}
+        return {
+            row: {name: float(times[name]) for name in ("to_usc", "frozen_to_usc")}
+            for row, times in rows.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise data.InputError(f"--times {path} is no result of step_overhead.py ({type(error).__name__}: {error}): write it by "
-                              "python benchmarks/step_overhead.py") from None
+        raise data.InputError(
+            f"--times {path} is no result of step_overhead.py ({type(error).__name__}: {error}): write it by "
+            "python benchmarks/step_overhead.py"
+        ) from None
 
 
 def shown(values):
     values = [100 * value for value in values]
-    return f"{statistics.fmean(values):.1f}" + (f" ± {interval(values):.1f}" if len(values) > 1 else "")
+    return f"{statistics.fmean(values):.1f}" + (
+        f" ± {interval(values):.1f}" if len(values) > 1 else ""
+    )
 
 
 def difference(results, row, other, pick):
@@ -293,17 +398,37 @@ def millions(number):
 
 
 LABELS = {
-    "backbone": "backbone as pre-trained, full width", "usc-rr": "USC, round robin", "usc-size": "USC, by size",
-    "ujc-rr": "UJC, round robin", "ujc-size": "UJC, by size",
-    "ujc-margin": "UJC with UDON's domain margin", "distill-8": "distilled from 8 separate teachers",
+    "backbone": "backbone as pre-trained, full width",
+    "usc-rr": "USC, round robin",
+    "usc-size": "USC, by size",
+    "ujc-rr": "UJC, round robin",
+    "ujc-size": "UJC, by size",
+    "ujc-margin": "UJC with UDON's domain margin",
+    "distill-8": "distilled from 8 separate teachers",
     "distill-8-twice": "the same, teachers trained twice as long",
     "distill-8-paper": "the same, negatives as published",
-    "distill-1": "distilled from 1 separate teacher model", "udon-paper": "UDON as published",
-    "udon-paper-rr": "UDON as published, round robin", "udon": "**UDON, the default of `mini`**",
+    "distill-1": "distilled from 1 separate teacher model",
+    "udon-paper": "UDON as published",
+    "udon-paper-rr": "UDON as published, round robin",
+    "udon": "**UDON, the default of `mini`**",
     "udon-twice": "UDON trained twice as long",
 }
-SYSTEMS = ("backbone", "usc-rr", "usc-size", "ujc-rr", "ujc-size", "ujc-margin", "distill-8", "distill-8-twice",
-           "distill-8-paper", "distill-1", "udon-paper-rr", "udon-paper", "udon", "udon-twice")
+SYSTEMS = (
+    "backbone",
+    "usc-rr",
+    "usc-size",
+    "ujc-rr",
+    "ujc-size",
+    "ujc-margin",
+    "distill-8",
+    "distill-8-twice",
+    "distill-8-paper",
+    "distill-1",
+    "udon-paper-rr",
+    "udon-paper",
+    "udon",
+    "udon-twice",
+)
 
 
 def time_of(times, row):
@@ -322,10 +447,13 @@ def ratio_or_nothing(ratio):
     return "" if math.isnan(ratio) else f"{ratio:.2f}"
 
 
-TRIED = {                      # not kept: row -> what it was, and the row that it changed
+TRIED = {  # not kept: row -> what it was, and the row that it changed
     "paper-relative": ("as published, sampler signal: the teacher's loss / ln C", "udon-paper"),
     "dynamic-relative": ("dynamic sampler, signal: the teacher's loss / ln C", "udon"),
-    "decoupled-logit": ("decoupled logit distillation (arXiv:2203.08679), target + 2 x others", "udon"),
+    "decoupled-logit": (
+        "decoupled logit distillation (arXiv:2203.08679), target + 2 x others",
+        "udon",
+    ),
     "relational-memory": ("relations to the domain's last 256 embeddings too", "udon"),
     "mean-teacher": ("teachers from a running mean of the network, decay 0.99", "udon"),
 }
@@ -340,102 +468,241 @@ def line(results, times, row, others=(BASELINE,)):
     runs = results[row]
     first = first_of(runs)
     metrics = [shown(list(map(pick(metric), runs.values()))) for metric in METRICS]
-    gains = [difference(results, row, other, pick(metric)) for other in others for metric in METRICS]
+    gains = [
+        difference(results, row, other, pick(metric)) for other in others for metric in METRICS
+    ]
     ratio = ratio_or_nothing(time_of(times, row) / time_of(times, BASELINE))
-    return "| " + " | ".join([LABELS.get(row, f"`{row}`"), *metrics, *gains, millions(first["parameters"]["trained"]),
-                              millions(first["parameters"]["inference"]), ratio, str(len(runs))]) + " |"
+    return (
+        "| "
+        + " | ".join(
+            [
+                LABELS.get(row, f"`{row}`"),
+                *metrics,
+                *gains,
+                millions(first["parameters"]["trained"]),
+                millions(first["parameters"]["inference"]),
+                ratio,
+                str(len(runs)),
+            ]
+        )
+        + " |"
+    )
 
 
 def changes(results, heading, rows):
     """A table of rows, {row: (label, the row that it changes)}, each beside the row that it changes; nothing without rows."""
     if not rows:
         return []
-    text = ["", heading, "", "| change | row | R@1 | mMP@5 | val R@1 − row | R@1 − row | mMP@5 − row | n |", "|---" * 8 + "|"]
+    text = [
+        "",
+        heading,
+        "",
+        "| change | row | R@1 | mMP@5 | val R@1 − row | R@1 − row | mMP@5 − row | n |",
+        "|---" * 8 + "|",
+    ]
     for row, (label, base) in rows.items():
         cells = [shown(list(map(pick(metric), results[row].values()))) for metric in METRICS]
-        cells += [difference(results, row, base, of) for of in (lambda result: result["val_recall_at_1"], *map(pick, METRICS))]
-        text.append(f"| {label} | {LABELS[base].replace('*', '')} | {' | '.join(cells)} | {len(results[row])} |")
+        cells += [
+            difference(results, row, base, of)
+            for of in (lambda result: result["val_recall_at_1"], *map(pick, METRICS))
+        ]
+        text.append(
+            f"| {label} | {LABELS[base].replace('*', '')} | {' | '.join(cells)} | {len(results[row])} |"
+        )
     return text
 
 
 METRICS = ("recall_at_1", "mmp_at_5")
-HEADING = ("| system | R@1 | mMP@5 | R@1 − USC | mMP@5 − USC | trained, M | kept, M | time | n |\n"
-           "|---|---|---|---|---|---|---|---|---|")
+HEADING = (
+    "| system | R@1 | mMP@5 | R@1 − USC | mMP@5 − USC | trained, M | kept, M | time | n |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
 
 
 def tables(results, times):
     """The README's tables as one text; `times`: "rows" of what step_overhead.py wrote."""
     text = [HEADING, *(line(results, times, row) for row in SYSTEMS if row in results)]
     compared = [row for row in ("udon", "udon-twice", "udon-paper-rr") if row in results]
-    text += ["", "UDON against each, paired by seed, and its time in the other's:", "",
-             "| UDON − | " + " | ".join(f"{LABELS[row].replace('*', '')}: R@1 | mMP@5 | time" for row in compared) + " |",
-             "|---" * (3 * len(compared) + 1) + "|"]
+    text += [
+        "",
+        "UDON against each, paired by seed, and its time in the other's:",
+        "",
+        "| UDON − | "
+        + " | ".join(f"{LABELS[row].replace('*', '')}: R@1 | mMP@5 | time" for row in compared)
+        + " |",
+        "|---" * (3 * len(compared) + 1) + "|",
+    ]
     for other in (row for row in SYSTEMS if row in results and row not in ("udon", "backbone")):
-        cells = [cell for row in compared for cell in (
-            *(difference(results, row, other, pick(metric)) for metric in METRICS),
-            "" if row == other else ratio_or_nothing(time_of(times, row) / time_of(times, other)))]
+        cells = [
+            cell
+            for row in compared
+            for cell in (
+                *(difference(results, row, other, pick(metric)) for metric in METRICS),
+                ""
+                if row == other
+                else ratio_or_nothing(time_of(times, row) / time_of(times, other)),
+            )
+        ]
         text.append(f"| {LABELS[other]} | " + " | ".join(cells) + " |")
-    others = [row for row in ROWS if row in results and row not in SYSTEMS and row not in SETTINGS
-              and not row.startswith(("specialists", "teachers"))]
+    others = [
+        row
+        for row in ROWS
+        if row in results
+        and row not in SYSTEMS
+        and row not in SETTINGS
+        and not row.startswith(("specialists", "teachers"))
+    ]
     if others:
-        heading = HEADING.replace("| trained", "| R@1 − UDON | mMP@5 − UDON | trained").replace("---|---|", "---|---|---|---|", 1)
-        text += ["", "Variations of UDON, the default of `mini`:", "", heading,
-                 *(line(results, times, row, (BASELINE, "udon")) for row in others)]
-    text += changes(results, "One setting changed, and the difference to the row changed:", {
-        row: (f"`{' '.join(options.split()[-2:])}`", "udon" if not options.startswith(PAPER) else
-              "udon-paper" if "dynamic" in options else "udon-paper-rr") for row, options in SETTINGS.items() if row in results})
-    text += changes(results, "Tried and not kept, by the version that the results name:", {
-        row: TRIED.get(row, (f"`{row}`", "udon")) for row in sorted(results.keys() - ROWS.keys())})
-    oracle = [("specialists-64", None, "8 specialists, 64-d"),
-              ("specialists-256", None, "8 specialists, 256-d: 8 separate teachers"),
-              ("specialists-256-twice", None, "the same, trained twice as long"),
-              ("teachers", None, "1 separate teacher model"), ("udon", "teacher-separate", "UDON's teachers"),
-              ("udon", "student-separate", "UDON's student"), ("usc-rr", "student-separate", "USC's student")]
-    text += ["", "Each query in its own domain's index (oracle):", "", "| embedding | R@1 | mMP@5 | n |", "|---|---|---|---|"]
+        heading = HEADING.replace("| trained", "| R@1 − UDON | mMP@5 − UDON | trained").replace(
+            "---|---|", "---|---|---|---|", 1
+        )
+        text += [
+            "",
+            "Variations of UDON, the default of `mini`:",
+            "",
+            heading,
+            *(line(results, times, row, (BASELINE, "udon")) for row in others),
+        ]
+    text += changes(
+        results,
+        "One setting changed, and the difference to the row changed:",
+        {
+            row: (
+                f"`{' '.join(options.split()[-2:])}`",
+                "udon"
+                if not options.startswith(PAPER)
+                else "udon-paper"
+                if "dynamic" in options
+                else "udon-paper-rr",
+            )
+            for row, options in SETTINGS.items()
+            if row in results
+        },
+    )
+    text += changes(
+        results,
+        "Tried and not kept, by the version that the results name:",
+        {row: TRIED.get(row, (f"`{row}`", "udon")) for row in sorted(results.keys() - ROWS.keys())},
+    )
+    oracle = [
+        ("specialists-64", None, "8 specialists, 64-d"),
+        ("specialists-256", None, "8 specialists, 256-d: 8 separate teachers"),
+        ("specialists-256-twice", None, "the same, trained twice as long"),
+        ("teachers", None, "1 separate teacher model"),
+        ("udon", "teacher-separate", "UDON's teachers"),
+        ("udon", "student-separate", "UDON's student"),
+        ("usc-rr", "student-separate", "USC's student"),
+    ]
+    text += [
+        "",
+        "Each query in its own domain's index (oracle):",
+        "",
+        "| embedding | R@1 | mMP@5 | n |",
+        "|---|---|---|---|",
+    ]
     for row, further, label in oracle:
         if row in results:
-            means = [run["further"][further]["mean"] if further else run["mean"] for run in results[row].values()]
-            text.append(f"| {label} | " + " | ".join(shown([m[metric] for m in means]) for metric in METRICS)
-                        + f" | {len(means)} |")
+            means = [
+                run["further"][further]["mean"] if further else run["mean"]
+                for run in results[row].values()
+            ]
+            text.append(
+                f"| {label} | "
+                + " | ".join(shown([m[metric] for m in means]) for metric in METRICS)
+                + f" | {len(means)} |"
+            )
     shownrows = [row for row in SYSTEMS if row in results and not row.endswith("-size")]
     domains = list(first_of(results[BASELINE])["domains"])
-    text += ["", "R@1 of each domain, merged index:", "", "| system | " + " | ".join(domains) + " |",
-             "|---" * (len(domains) + 1) + "|"]
+    text += [
+        "",
+        "R@1 of each domain, merged index:",
+        "",
+        "| system | " + " | ".join(domains) + " |",
+        "|---" * (len(domains) + 1) + "|",
+    ]
     for row in shownrows:
-        cells = [shown([run["domains"][domain]["recall_at_1"] for run in results[row].values()]) for domain in domains]
+        cells = [
+            shown([run["domains"][domain]["recall_at_1"] for run in results[row].values()])
+            for domain in domains
+        ]
         text.append(f"| {LABELS[row]} | " + " | ".join(cells) + " |")
     if {"udon-paper", "udon-paper-rr"} <= results.keys():
-        text += ["", "The dynamic sampler: thousands of images given to each domain, its weights, and what it gains.", "",
-                 "| | " + " | ".join(domains) + " |", "|---" * (len(domains) + 1) + "|"]
+        text += [
+            "",
+            "The dynamic sampler: thousands of images given to each domain, its weights, and what it gains.",
+            "",
+            "| | " + " | ".join(domains) + " |",
+            "|---" * (len(domains) + 1) + "|",
+        ]
         for row in ("udon-paper-rr", "udon-paper"):
-            images = [statistics.fmean(run["images"][d] for run in results[row].values()) / 1000 for d in domains]
-            text.append(f"| images, {LABELS[row]} | " + " | ".join(f"{count:.1f}" for count in images) + " |")
+            images = [
+                statistics.fmean(run["images"][d] for run in results[row].values()) / 1000
+                for d in domains
+            ]
+            text.append(
+                f"| images, {LABELS[row]} | "
+                + " | ".join(f"{count:.1f}" for count in images)
+                + " |"
+            )
         for step in first_of(results["udon-paper"])["sampler_weights"]:
             weights = [run["sampler_weights"][step] for run in results["udon-paper"].values()]
-            text.append(f"| weight after step {step}, % | "
-                        + " | ".join(f"{100 * statistics.fmean(w[d] for w in weights):.1f}" for d in domains) + " |")
+            text.append(
+                f"| weight after step {step}, % | "
+                + " | ".join(
+                    f"{100 * statistics.fmean(w[d] for w in weights):.1f}" for d in domains
+                )
+                + " |"
+            )
         for metric, name in (("recall_at_1", "R@1"), ("mmp_at_5", "mMP@5")):
-            gains = [difference(results, "udon-paper", "udon-paper-rr", lambda run: run["domains"][d][metric]) for d in domains]
+            gains = [
+                difference(
+                    results, "udon-paper", "udon-paper-rr", lambda run: run["domains"][d][metric]
+                )
+                for d in domains
+            ]
             text.append(f"| {name} − round robin | " + " | ".join(gains) + " |")
     return "\n".join(text) + "\n"
 
 
 def main():
-    parser = evaluate.Parser(description="Trains the rows of the ablation that are missing, or writes the tables.")
+    parser = evaluate.Parser(
+        description="Trains the rows of the ablation that are missing, or writes the tables."
+    )
     parser.add_argument("--data", help="data folder of all rows")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="only these")
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="only these"
+    )
     parser.add_argument("--seeds", type=positive, help="at most so many seeds of each row")
     parser.add_argument("--results", type=Path, default=RESULTS, help="(default: %(default)s)")
-    parser.add_argument("--times", type=Path, default=ROOT / "results" / "step_times.json",
-                        help="what step_overhead.py wrote, for the tables (default: %(default)s)")
-    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of logs and checkpoints (default: %(default)s)")
-    parser.add_argument("--at-once", type=int, choices=(1, 2), default=2, help="runs at the same time (default: 2)")
-    parser.add_argument("--tables", type=Path, metavar="README",
-                        help="write the tables into this file, between its marks, and train nothing")
+    parser.add_argument(
+        "--times",
+        type=Path,
+        default=ROOT / "results" / "step_times.json",
+        help="what step_overhead.py wrote, for the tables (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=RUNS,
+        help="folder of logs and checkpoints (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--at-once", type=int, choices=(1, 2), default=2, help="runs at the same time (default: 2)"
+    )
+    parser.add_argument(
+        "--tables",
+        type=Path,
+        metavar="README",
+        help="write the tables into this file, between its marks, and train nothing",
+    )
     options = parser.parse_args()
     if options.tables:
         try:
-            fill(options.tables, "ablation", lambda: tables(read(options.results), read_times(options.times)))
+            fill(
+                options.tables,
+                "ablation",
+                lambda: tables(read(options.results), read_times(options.times)),
+            )
         except data.InputError as error:
             parser.exit(2, f"{parser.prog}: {error}\n")
         except ValueError as error:
@@ -454,18 +721,28 @@ def main():
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            parser.error(f"--{name} {folder} cannot be made ({error.strerror}): give another folder")
-    jobs = [(row, seed) for row in options.rows for seed in range(min(ROWS[row][0], options.seeds or MAIN))]
-    jobs.sort(key=lambda job: (ROWS[job[0]][0] != MAIN, job[1]))                    # seed by seed, the main rows first
+            parser.error(
+                f"--{name} {folder} cannot be made ({error.strerror}): give another folder"
+            )
+    jobs = [
+        (row, seed)
+        for row in options.rows
+        for seed in range(min(ROWS[row][0], options.seeds or MAIN))
+    ]
+    jobs.sort(
+        key=lambda job: (ROWS[job[0]][0] != MAIN, job[1])
+    )  # seed by seed, the main rows first
     failed = []
 
     def run(row, seed):
         try:
-            if not failed:                                           # what has not begun when a run fails is not begun at all
+            if not failed:  # what has not begun when a run fails is not begun at all
                 grid.run(row, seed)
         except BaseException as error:
             failed.append(error)
-            if failed[0] is error and isinstance(error, data.InputError):     # said at once: what runs beside it may take hours
+            if failed[0] is error and isinstance(
+                error, data.InputError
+            ):  # said at once: what runs beside it may take hours
                 print(f"{parser.prog}: {error}", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(options.at_once) as pool:

@@ -19,9 +19,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from shared import machine, output, positive  # noqa: E402
+
 import data  # noqa: E402
 import evaluate  # noqa: E402
-from shared import machine, output, positive  # noqa: E402
 from kernels import cosine_topk  # noqa: E402
 
 GROUP, BLOCK, TURN = 16, 256, 32
@@ -29,7 +30,12 @@ GROUP, BLOCK, TURN = 16, 256, 32
 
 def cost_of_gathering(index):
     """Processor time of a row gathered and multiplied for one query, in that of a row in a product; median of 9 turns."""
-    queries, chosen = index[:512], torch.randint(0, len(index) // GROUP, (TURN, 50), generator=torch.Generator().manual_seed(0))
+    queries, chosen = (
+        index[:512],
+        torch.randint(
+            0, len(index) // GROUP, (TURN, 50), generator=torch.Generator().manual_seed(0)
+        ),
+    )
     rows = (chosen[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)
     tile, ratios = torch.empty(len(index), len(queries)), []
     for _ in range(9):
@@ -60,24 +66,37 @@ def main():
 def measure(options):
     of, (model, checkpoint) = machine("cpu"), evaluate.load_checkpoint(options.checkpoint)
     if checkpoint.get("embedding", "student") != "student":
-        raise data.InputError(f"checkpoint {options.checkpoint} has no trained student: give that of a run which trained one")
-    preprocessing, size = checkpoint["preprocessing"], checkpoint["architecture"]["backbone"]["image_size"]
-    sets = evaluate.open_sets(data.Benchmark(options.data), "test", size, antialias=preprocessing["antialias"])
+        raise data.InputError(
+            f"checkpoint {options.checkpoint} has no trained student: give that of a run which trained one"
+        )
+    preprocessing, size = (
+        checkpoint["preprocessing"],
+        checkpoint["architecture"]["backbone"]["image_size"],
+    )
+    sets = evaluate.open_sets(
+        data.Benchmark(options.data), "test", size, antialias=preprocessing["antialias"]
+    )
     size = sum(len(part.index) for part in sets.values()) // GROUP * GROUP
     if size < TURN:
-        raise data.InputError(f"--data {options.data} has an index of {size} images, in groups of {GROUP}: give {TURN} or more")
+        raise data.InputError(
+            f"--data {options.data} has an index of {size} images, in groups of {GROUP}: give {TURN} or more"
+        )
     if options.k > size:
-        raise data.InputError(f"--k is {options.k} with an index of {size} images, in groups of {GROUP}: give that or less")
-    embed = lambda images: evaluate.embed(model.embed, images, preprocessing["mean"], preprocessing["std"], "cpu")
+        raise data.InputError(
+            f"--k is {options.k} with an index of {size} images, in groups of {GROUP}: give that or less"
+        )
+    embed = lambda images: evaluate.embed(
+        model.embed, images, preprocessing["mean"], preprocessing["std"], "cpu"
+    )
     index = torch.cat([embed(part.index) for part in sets.values()])
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[:size]]
-    queries = index[::max(1, len(index) // 2048)][:2048]
+    queries = index[:: max(1, len(index) // 2048)][:2048]
     width = index.shape[1]
 
     variance, axes = torch.linalg.eigh(torch.cov(index.T.double()))
-    variance, axes = variance.flip(0), axes.flip(1).float()                    # descending
+    variance, axes = variance.flip(0), axes.flip(1).float()  # descending
     near = (queries @ axes), (index @ axes)
-    best = cosine_topk(queries, index, options.k)[0][:, -1]                    # (Q,)
+    best = cosine_topk(queries, index, options.k)[0][:, -1]  # (Q,)
     rows, gathering = [], cost_of_gathering(index)
     print(f"a row gathered costs as much as {gathering:.0f} rows in a product")
     for m in range(8, width, 8):
@@ -90,15 +109,33 @@ def measure(options):
             survivors += alive.sum().item()
             groups += alive.view(len(alive), -1, GROUP).any(2).sum().item() * GROUP
         pairs = len(queries) * len(index)
-        rows.append({"coordinates": m, "variance": round((variance[:m].sum() / variance.sum()).item(), 4),
-                     "rows_left": round(survivors / pairs, 4), "rows_left_in_groups": round(groups / pairs, 4),
-                     "work": round(m / width + gathering * groups / pairs, 3)})
+        rows.append(
+            {
+                "coordinates": m,
+                "variance": round((variance[:m].sum() / variance.sum()).item(), 4),
+                "rows_left": round(survivors / pairs, 4),
+                "rows_left_in_groups": round(groups / pairs, 4),
+                "work": round(m / width + gathering * groups / pairs, 3),
+            }
+        )
         print(rows[-1])
-    evaluate.write_json(options.out, {
-        "command": f"python benchmarks/principal_axes.py CHECKPOINT --data {Path(options.data).name} --k {options.k}",
-        "checkpoint": options.checkpoint, "machine": of, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "index": len(index), "queries": len(queries), "width": width, "k": options.k,
-        "cost_of_gathering": round(gathering, 1), "date": time.strftime("%Y-%m-%d"), "rows": rows})
+    evaluate.write_json(
+        options.out,
+        {
+            "command": f"python benchmarks/principal_axes.py CHECKPOINT --data {Path(options.data).name} --k {options.k}",
+            "checkpoint": options.checkpoint,
+            "machine": of,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "index": len(index),
+            "queries": len(queries),
+            "width": width,
+            "k": options.k,
+            "cost_of_gathering": round(gathering, 1),
+            "date": time.strftime("%Y-%m-%d"),
+            "rows": rows,
+        },
+    )
 
 
 if __name__ == "__main__":

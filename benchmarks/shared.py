@@ -8,7 +8,9 @@ from pathlib import Path
 
 def positive(text, least=1):
     if not text.isdecimal() or not least <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to 2^63 - 1: give one")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number from {least} to 2^63 - 1: give one"
+        )
     return int(text)
 
 
@@ -20,7 +22,9 @@ def output(text):
     """The path of a file that can be written."""
     path = Path(text).absolute()
     if not path.parent.is_dir() or path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a file in a folder that exists and is yours: make the folder first")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a file in a folder that exists and is yours: make the folder first"
+        )
     return Path(text)
 
 
@@ -36,6 +40,7 @@ def processor():
 def machine(device):
     """Device, threads, and torch's version."""
     import torch
+
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
     return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} processors, torch {torch.__version__}"
 
@@ -46,5 +51,9 @@ def fill(path, name, table):
     before, begin, rest = text.partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- end of {name} -->")
     if not end:
-        raise ValueError(f"{path} must be a file with the lines <!-- {name} --> and <!-- end of {name} -->: give one")
-    path.write_text(f"{before}{begin}{table()}{end}{after}", encoding="utf-8", errors="surrogateescape")
+        raise ValueError(
+            f"{path} must be a file with the lines <!-- {name} --> and <!-- end of {name} -->: give one"
+        )
+    path.write_text(
+        f"{before}{begin}{table()}{end}{after}", encoding="utf-8", errors="surrogateescape"
+    )

@@ -16,11 +16,20 @@ import torch
 from kernels import reference
 from kernels.reference import ONE
 
-least, most = np.minimum.reduce, np.maximum.reduce           # a call of min() or max() takes twice as long, for a few values
-UNTHREADED = 2**19 - 1         # values of pairs: as many OpenBLAS, which is numpy's, multiplies without threads
-PAIRS = 2**18                  # values of the pairs that float32 leaves, if these are many more than asked for: 2 MB in float64
-SHIFT = np.array(1.5 * 2.0**28)                      # added to a float64 and subtracted: rounds it to 2^-24, and leaves no -0
-TINY = np.array(1e-300)                              # an array, since numpy takes twice as long for a Python number
+least, most = (
+    np.minimum.reduce,
+    np.maximum.reduce,
+)  # a call of min() or max() takes twice as long, for a few values
+UNTHREADED = (
+    2**19 - 1
+)  # values of pairs: as many OpenBLAS, which is numpy's, multiplies without threads
+PAIRS = (
+    2**18
+)  # values of the pairs that float32 leaves, if these are many more than asked for: 2 MB in float64
+SHIFT = np.array(
+    1.5 * 2.0**28
+)  # added to a float64 and subtracted: rounds it to 2^-24, and leaves no -0
+TINY = np.array(1e-300)  # an array, since numpy takes twice as long for a Python number
 
 
 def of_one(queries, index, precise, k, exclude, product):
@@ -33,20 +42,22 @@ def of_one(queries, index, precise, k, exclude, product):
     if norms is None or not 1e-15 < asked < 1e15:
         return None
     unit /= asked
-    cosines = product(queries[0])                                              # but for the query's norm, which changes no order
+    cosines = product(queries[0])  # but for the query's norm, which changes no order
     cosines /= norms
     if exclude is not None and exclude[0] >= 0:
         cosines[exclude[0]] = -np.inf
     maxima, several = cosines, total
-    if total > 4096 and total >= 32 * k:              # the k-th best of groups' maxima is not above that of all, nor far below
+    if (
+        total > 4096 and total >= 32 * k
+    ):  # the k-th best of groups' maxima is not above that of all, nor far below
         several = total // 8
-        maxima = most(cosines[:8 * several].reshape(8, several))
+        maxima = most(cosines[: 8 * several].reshape(8, several))
     else:
         maxima = cosines.copy()
     maxima.partition(several - k)
     row = (cosines >= maxima[several - k] - _noise(width) * asked).nonzero()[0]
     scores = _scores(queries, precise, unit, None, row)
-    order = (-scores).argsort(kind="stable")[None, :k]                         # rows ascend already
+    order = (-scores).argsort(kind="stable")[None, :k]  # rows ascend already
     return scores[order].astype(np.float32), row[order]
 
 
@@ -69,9 +80,13 @@ def of_many(queries, index, precise, k, exclude, product):
     if exclude is not None:
         barred = np.flatnonzero(exclude >= 0)
         cosines[barred, exclude[barred]] = -np.inf
-    if count * total > 4096 and total >= 32 * k:      # the k-th best of groups' maxima is not above that of all, nor far below
+    if (
+        count * total > 4096 and total >= 32 * k
+    ):  # the k-th best of groups' maxima is not above that of all, nor far below
         several = total // 8
-        maxima = torch.from_numpy(cosines)[:, :8 * several].unflatten(1, (8, several)).amax(1).numpy()
+        maxima = (
+            torch.from_numpy(cosines)[:, : 8 * several].unflatten(1, (8, several)).amax(1).numpy()
+        )
     else:
         several, maxima = total, cosines.copy()
     maxima.partition(several - k)
@@ -80,7 +95,9 @@ def of_many(queries, index, precise, k, exclude, product):
         return None
     query, row = np.divmod(near, total)
     scores = _scores(queries, precise, unit, query, row)
-    order = (3.0 * query - scores).argsort(kind="stable")                      # by the query, then by the score, then by the row
+    order = (3.0 * query - scores).argsort(
+        kind="stable"
+    )  # by the query, then by the score, then by the row
     if near.size > count * k:
         order = order[query.searchsorted(np.arange(count))[:, None] + np.arange(k)]
     order = order.reshape(count, k)
@@ -94,7 +111,7 @@ def in_parts(rows, index):
         return rows.dot(index.T)
     products = np.empty((*rows.shape[:-1], len(index)), np.float32)
     for top in range(0, len(index), step):
-        np.matmul(rows, index[top:top + step].T, out=products[..., top:top + step])
+        np.matmul(rows, index[top : top + step].T, out=products[..., top : top + step])
     return products
 
 
@@ -107,10 +124,15 @@ def _scores(queries, index, unit, query, row):
     """reference.scores / ONE, (n,) float64, of queries[query] and index[row]; `unit` are the queries as float64 unit rows (Q, D),
     or where `query` is None their only one, (D,)."""
     width = index.shape[1]
-    step = max(1, 2**15 // width)                                              # pairs whose float64 values stay in the cache
+    step = max(1, 2**15 // width)  # pairs whose float64 values stay in the cache
     if row.size > step:
         parts = (slice(top, top + step) for top in range(0, row.size, step))
-        return np.concatenate([_scores(queries, index, unit, query if query is None else query[part], row[part]) for part in parts])
+        return np.concatenate(
+            [
+                _scores(queries, index, unit, query if query is None else query[part], row[part])
+                for part in parts
+            ]
+        )
     wide = _double(index.take(row, 0))
     squares = np.vecdot(wide, wide)
     squares += TINY
@@ -123,7 +145,13 @@ def _scores(queries, index, unit, query, row):
     if doubt[doubt.argmax()] > (sure := 2.0**-25 - (2 * width + 16) * 2.0**-52):
         some = (doubt > sure).nonzero()[0]
         asked = queries[np.zeros_like(some) if query is None else query[some]]
-        scores[some] = reference.scores(*(torch.from_numpy(side)[:, None] for side in (asked, index[row[some]])))[:, 0] / ONE + 0.0
+        scores[some] = (
+            reference.scores(
+                *(torch.from_numpy(side)[:, None] for side in (asked, index[row[some]]))
+            )[:, 0]
+            / ONE
+            + 0.0
+        )
     return scores
 
 
@@ -138,9 +166,11 @@ def _double(rows):
 def _norms(rows, given):
     """(n, D) -> (n,), 1 for a row of zeros alone, as it was given; None where one strains float32 or is not finite."""
     squares = np.vecdot(rows, rows)
-    smallest = squares[squares.argmin()]                                       # NaN if there is one
+    smallest = squares[squares.argmin()]  # NaN if there is one
     if smallest == 0:
         zero = squares == 0
         smallest = 0 if given[zero].any() else least(squares, where=~zero, initial=1)
         squares[zero] = 1
-    return np.sqrt(squares, squares) if smallest > 1e-30 and squares[squares.argmax()] < 1e30 else None
+    return (
+        np.sqrt(squares, squares) if smallest > 1e-30 and squares[squares.argmax()] < 1e30 else None
+    )

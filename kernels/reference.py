@@ -15,18 +15,18 @@ equal, so torch.topk, which leaves the order of ties open, has no ties to break.
 import torch
 import torch.nn.functional as F
 
-QUERY_BLOCK, INDEX_BLOCK = 1024, 2048     # 16 MB of float64 scores
-ROWS_BLOCK = 2**20                        # values, 8 MB of float64: of these queries, or rows, no more
-RESULT_BLOCK = 2**16                      # queries, whose keys are unpacked at a time
-PAIR_BLOCK = 2**19                        # values, 4 MB of float64: pairs scored at a time, times D
-ONE = 2**24                               # the score 1
-NOTHING = -(2**63)                        # a key below that of any score
+QUERY_BLOCK, INDEX_BLOCK = 1024, 2048  # 16 MB of float64 scores
+ROWS_BLOCK = 2**20  # values, 8 MB of float64: of these queries, or rows, no more
+RESULT_BLOCK = 2**16  # queries, whose keys are unpacked at a time
+PAIR_BLOCK = 2**19  # values, 4 MB of float64: pairs scored at a time, times D
+ONE = 2**24  # the score 1
+NOTHING = -(2**63)  # a key below that of any score
 
 
 def double(rows):
     """Rows (..., D) in float64, none so large or small that the square of its norm leaves it."""
     if rows.dtype != torch.float64 or not rows.shape[-1]:
-        return rows.double()              # of the other types not even the extremes do
+        return rows.double()  # of the other types not even the extremes do
     largest = rows.abs().amax(dim=-1, keepdim=True)
     return rows / torch.where(largest > 0, largest, 1.0)
 
@@ -38,7 +38,7 @@ def _folded(products):
         return products.sum(-1)
     while width > 1:
         half = width // 2
-        products[..., :half] += products[..., half:2 * half]
+        products[..., :half] += products[..., half : 2 * half]
         if width % 2:
             products[..., 0] += products[..., width - 1]
         width = half
@@ -68,8 +68,17 @@ def result(keys):
 def merged(parts, firsts, k):
     """Results (scores, rows) of the parts of an index, each with at least min(k, what is left of it) columns, and the row at
     which each part begins -> the result of the whole index, bit for bit. For several GPUs or processes."""
-    return result(torch.cat([as_keys(ONE * scores.double(), rows + first) for (scores, rows), first in zip(parts, firsts)], dim=1)
-                  .topk(k, dim=1).values)
+    return result(
+        torch.cat(
+            [
+                as_keys(ONE * scores.double(), rows + first)
+                for (scores, rows), first in zip(parts, firsts)
+            ],
+            dim=1,
+        )
+        .topk(k, dim=1)
+        .values
+    )
 
 
 def _rounded(exact, width, scored):
@@ -84,22 +93,40 @@ def _rounded(exact, width, scored):
 
 def best(queries, index, rows, k, exclude=None):
     """The k best keys, descending, of each query's rows (Q, m), m >= k and none twice; a row -1 is none."""
-    keys, width = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device), queries.shape[1]
+    keys, width = (
+        torch.empty(len(queries), k, dtype=torch.int64, device=queries.device),
+        queries.shape[1],
+    )
     step = max(1, PAIR_BLOCK // max(1, rows.shape[1] * width))
-    several = max(1, PAIR_BLOCK // max(1, width))                              # rows, where one query's are too many
+    several = max(1, PAIR_BLOCK // max(1, width))  # rows, where one query's are too many
     for top in range(0, len(queries), step):
-        block, mine = queries[top:top + step], rows[top:top + step]
+        block, mine = queries[top : top + step], rows[top : top + step]
         asked = double(block)
         lengths = torch.linalg.vector_norm(asked, dim=1, keepdim=True)
         found = torch.empty_like(mine)
         for part, out in zip(mine.split(several, dim=1), found.split(several, dim=1)):
-            near = index.index_select(0, part.clamp(min=0).flatten().to(index.device)).view(*part.shape, width).to(queries.device)
+            near = (
+                index.index_select(0, part.clamp(min=0).flatten().to(index.device))
+                .view(*part.shape, width)
+                .to(queries.device)
+            )
             wide = double(near)
-            norms = lengths * torch.linalg.vector_norm(wide, dim=2)                                              # (q, m)
-            exact = (asked[:, None] @ wide.mT)[:, 0].mul_(ONE).div_(norms.masked_fill_(norms == 0, 1.0))
-            out.copy_(as_keys(_rounded(exact, width, lambda q, m: scores(block[q, None], near[q, m, None])[:, 0]), part))
-        barred = mine < 0 if exclude is None else (mine < 0) | (mine == exclude[top:top + step, None])
-        keys[top:top + step] = found.masked_fill_(barred, NOTHING).topk(k, dim=1).values
+            norms = lengths * torch.linalg.vector_norm(wide, dim=2)  # (q, m)
+            exact = (
+                (asked[:, None] @ wide.mT)[:, 0].mul_(ONE).div_(norms.masked_fill_(norms == 0, 1.0))
+            )
+            out.copy_(
+                as_keys(
+                    _rounded(
+                        exact, width, lambda q, m: scores(block[q, None], near[q, m, None])[:, 0]
+                    ),
+                    part,
+                )
+            )
+        barred = (
+            mine < 0 if exclude is None else (mine < 0) | (mine == exclude[top : top + step, None])
+        )
+        keys[top : top + step] = found.masked_fill_(barred, NOTHING).topk(k, dim=1).values
     return keys
 
 
@@ -108,17 +135,19 @@ def topk(queries, index, k, exclude=None):
     rounding noise to leave no doubt, the pair is scored anew."""
     device, width = queries.device, queries.shape[1]
     keys = torch.full((len(queries), k), NOTHING, dtype=torch.int64, device=device)
-    several, many = (max(1, min(block, ROWS_BLOCK // max(1, width))) for block in (QUERY_BLOCK, INDEX_BLOCK))
+    several, many = (
+        max(1, min(block, ROWS_BLOCK // max(1, width))) for block in (QUERY_BLOCK, INDEX_BLOCK)
+    )
     for top in range(0, len(queries), several):
-        block = queries[top:top + several]
-        unit = ONE * F.normalize(double(block), dim=1, eps=1e-300)                                 # (q, D) float64
-        mine = keys[top:top + several]                                                             # a view
+        block = queries[top : top + several]
+        unit = ONE * F.normalize(double(block), dim=1, eps=1e-300)  # (q, D) float64
+        mine = keys[top : top + several]  # a view
         for left in range(0, len(index), many):
-            slab = index[left:left + many].to(device)
-            exact = unit @ F.normalize(double(slab), dim=1, eps=1e-300).T                          # (q, g)
+            slab = index[left : left + many].to(device)
+            exact = unit @ F.normalize(double(slab), dim=1, eps=1e-300).T  # (q, g)
             part = _rounded(exact, width, lambda q, g: scores(block[q, None], slab[g, None])[:, 0])
             if exclude is not None:
-                column = exclude[top:top + several] - left
+                column = exclude[top : top + several] - left
                 here = ((column >= 0) & (column < part.shape[1])).nonzero()[:, 0]
                 part[here, column[here]] = -2 * ONE
             # Only a query whose best new score beats its k-th so far can change (at equality the earlier row stays).

@@ -25,16 +25,16 @@ from kernels.reference import ONE
 # and above; and elsewhere, where addresses and what is kept take more registers. Not tuned: no GPU has run them yet (2026-11).
 TILES = {
     "tf32": ((128, 64, 64), (128, 64, 32), (64, 32, 16)),
-    "ieee": ((64, 32, 16), (64, 32, 16), (32, 32, 16)),          # without tensor cores
+    "ieee": ((64, 32, 16), (64, 32, 16), (32, 32, 16)),  # without tensor cores
     "half": ((128, 64, 64), (128, 64, 64), (64, 64, 32)),
 }
-LAUNCH = {                     # 256 threads; without maxnreg ptxas may spill for the sake of a second program on a processor
+LAUNCH = {  # 256 threads; without maxnreg ptxas may spill for the sake of a second program on a processor
     "cuda": dict(num_warps=8, num_stages=3, maxnreg=255),
     "hip": dict(num_warps=4, num_stages=2),
 }
 FEW = 32
-PROGRAMS = 264                 # as many at least, by splitting the index: two for each of an H100's processors
-MERGED = 4096                  # rows of a query that the second kernel holds at a time
+PROGRAMS = 264  # as many at least, by splitting the index: two for each of an H100's processors
+MERGED = 4096  # rows of a query that the second kernel holds at a time
 LARGEST_K, LARGEST_WIDTH = 64, 1024
 
 
@@ -42,7 +42,11 @@ LARGEST_K, LARGEST_WIDTH = 64, 1024
 def tile(matrix, rows, inside, at, stride, step, D: tl.constexpr, BD: tl.constexpr):
     """BD values from dimension `at` of each row, 0 where there is none. int64 offsets: G D may pass 2^31."""
     d = at + tl.arange(0, BD).to(tl.int64)
-    return tl.load(matrix + rows[:, None] * stride + d[None, :] * step, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(
+        matrix + rows[:, None] * stride + d[None, :] * step,
+        mask=inside[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit
@@ -51,9 +55,27 @@ def squares(rows):
 
 
 @triton.jit
-def select(queries, index, exclude, best, rows, q_count, g_count, part, q_stride, q_step, g_stride, g_step,
-           D: tl.constexpr, KEEP: tl.constexpr, BQ: tl.constexpr, BG: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):
-    q = tl.program_id(0).to(tl.int64) * BQ + tl.arange(0, BQ)                        # (BQ,) int64
+def select(
+    queries,
+    index,
+    exclude,
+    best,
+    rows,
+    q_count,
+    g_count,
+    part,
+    q_stride,
+    q_step,
+    g_stride,
+    g_step,
+    D: tl.constexpr,
+    KEEP: tl.constexpr,
+    BQ: tl.constexpr,
+    BG: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    q = tl.program_id(0).to(tl.int64) * BQ + tl.arange(0, BQ)  # (BQ,) int64
     known, slot, columns = q < q_count, tl.arange(0, KEEP), tl.arange(0, BG)
     start = tl.program_id(1).to(tl.int64) * part
     count = (tl.minimum(start + part, g_count) - start).to(tl.int32)
@@ -62,14 +84,20 @@ def select(queries, index, exclude, best, rows, q_count, g_count, part, q_stride
     for at in range(0, D, BD):
         q_norm += squares(tile(queries, q, known, at, q_stride, q_step, D, BD))
     if D <= BD:
-        a = tile(queries, q, known, 0, q_stride, q_step, D, BD)                      # (BQ, BD), stays
-    held, worst = tl.full((BQ, KEEP), float("-inf"), tl.float32), tl.full((BQ,), float("-inf"), tl.float32)
-    held_rows, place = tl.full((BQ, KEEP), -1, tl.int32), tl.zeros((BQ,), tl.int32)  # rows are counted from start
+        a = tile(queries, q, known, 0, q_stride, q_step, D, BD)  # (BQ, BD), stays
+    held, worst = (
+        tl.full((BQ, KEEP), float("-inf"), tl.float32),
+        tl.full((BQ,), float("-inf"), tl.float32),
+    )
+    held_rows, place = (
+        tl.full((BQ, KEEP), -1, tl.int32),
+        tl.zeros((BQ,), tl.int32),
+    )  # rows are counted from start
     for left in range(0, count, BG):
         inside = left + columns < count
-        g = start + left + columns                                                   # (BG,) int64
+        g = start + left + columns  # (BG,) int64
         if D <= BD:
-            b = tile(index, g, inside, 0, g_stride, g_step, D, BD)                   # (BG, BD)
+            b = tile(index, g, inside, 0, g_stride, g_step, D, BD)  # (BG, BD)
             g_norm = squares(b)
             scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
         else:
@@ -80,9 +108,14 @@ def select(queries, index, exclude, best, rows, q_count, g_count, part, q_stride
                 g_norm += squares(b)
                 scores = tl.dot(a, tl.trans(b), scores, input_precision=PRECISION)
         # Cosines, but for the query's norm, which changes no order.
-        scores = scores * (1 / tl.sqrt(tl.where(g_norm > 0, g_norm, 1.0)))[None, :] + tl.where(inside, 0.0, float("-inf"))[None, :]
+        scores = (
+            scores * (1 / tl.sqrt(tl.where(g_norm > 0, g_norm, 1.0)))[None, :]
+            + tl.where(inside, 0.0, float("-inf"))[None, :]
+        )
         top = tl.max(scores, axis=1)
-        if tl.max((top > worst).to(tl.int32), axis=0) > 0:       # next to the while: a loop with a loop in it is not pipelined
+        if (
+            tl.max((top > worst).to(tl.int32), axis=0) > 0
+        ):  # next to the while: a loop with a loop in it is not pipelined
             while tl.max((top > worst).to(tl.int32), axis=0) > 0:
                 where = tl.argmax(scores, axis=1)
                 enters = (top > worst) & (left + where != barred)
@@ -118,14 +151,20 @@ def topk(queries, index, k, exclude=None, precision="tf32"):
     if precision not in ("tf32", "ieee"):
         raise ValueError(f"precision {precision!r} is unknown: use 'tf32' or 'ieee'")
     if k > LARGEST_K or not 1 <= queries.shape[1] <= LARGEST_WIDTH:
-        raise ValueError(f"k is {k}, and the rows have {queries.shape[1]} values: the triton backend takes k to {LARGEST_K} and "
-                         f"1 to {LARGEST_WIDTH} values; use backend 'torch'")
-    exclude = torch.full((len(queries),), -1, dtype=torch.int64, device=queries.device) if exclude is None else exclude.contiguous()
+        raise ValueError(
+            f"k is {k}, and the rows have {queries.shape[1]} values: the triton backend takes k to {LARGEST_K} and "
+            f"1 to {LARGEST_WIDTH} values; use backend 'torch'"
+        )
+    exclude = (
+        torch.full((len(queries),), -1, dtype=torch.int64, device=queries.device)
+        if exclude is None
+        else exclude.contiguous()
+    )
     keys = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     same = queries.dtype if queries.dtype == index.dtype else torch.float32
     there = _tame(index.to(queries.device), same)
     for top in range(0, len(queries), 2**14):
-        mine, barred = queries[top:top + 2**14], exclude[top:top + 2**14]
+        mine, barred = queries[top : top + 2**14], exclude[top : top + 2**14]
         block = _tame(mine, same)
         if block.dtype != there.dtype:
             block, there = block.float(), there.float()
@@ -147,10 +186,14 @@ def topk(queries, index, k, exclude=None, precision="tf32"):
 
 def _tame(rows, dtype):
     """Rows as the kernel takes them: no squared norm may leave float32, and float64 does not go in."""
-    parts = rows.split(2**14)                                                        # at most 128 MB in float64
-    norms = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts])
+    parts = rows.split(2**14)  # at most 128 MB in float64
+    norms = torch.cat(
+        [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts]
+    )
     if dtype == torch.float64 or not ((norms == 0) | (norms > 1e-12) & (norms < 1e12)).all():
-        return torch.cat([F.normalize(reference.double(part), dim=1, eps=1e-300).float() for part in parts])
+        return torch.cat(
+            [F.normalize(reference.double(part), dim=1, eps=1e-300).float() for part in parts]
+        )
     return rows.to(dtype)
 
 
@@ -168,17 +211,37 @@ def _selected(queries, index, k, exclude, precision):
     """-> rows (q, keep) int64, -1 where there is none, and (q,) the worst of their scores, -inf if none was left out."""
     keep = triton.next_power_of_2(k + 8)
     easy = keep <= FEW and _aligned(queries) and _aligned(index)
-    bq, bg, bd = _tile_sizes("half" if index.element_size() == 2 else precision, queries.shape[1], easy)
+    bq, bg, bd = _tile_sizes(
+        "half" if index.element_size() == 2 else precision, queries.shape[1], easy
+    )
     blocks = triton.cdiv(len(queries), bq)
     parts = min(triton.cdiv(PROGRAMS, blocks), triton.cdiv(len(index), 16 * bg), MERGED // keep)
-    parts = max(parts, triton.cdiv(len(index), 2**30))                               # a part's rows are counted in int32
+    parts = max(parts, triton.cdiv(len(index), 2**30))  # a part's rows are counted in int32
     size = triton.cdiv(triton.cdiv(len(index), parts), bg) * bg
     parts = triton.cdiv(len(index), size)
     best = torch.empty(len(queries), parts, keep, dtype=torch.float32, device=queries.device)
     rows = torch.empty(len(queries), parts, keep, dtype=torch.int64, device=queries.device)
-    select[(blocks, parts)](queries, index, exclude, best, rows, len(queries), len(index), size, *queries.stride(), *index.stride(),
-                            D=queries.shape[1], KEEP=keep, BQ=bq, BG=bg, BD=bd, PRECISION=precision,
-                            **LAUNCH["hip" if torch.version.hip else "cuda"])
+    select[(blocks, parts)](
+        queries,
+        index,
+        exclude,
+        best,
+        rows,
+        len(queries),
+        len(index),
+        size,
+        *queries.stride(),
+        *index.stride(),
+        D=queries.shape[1],
+        KEEP=keep,
+        BQ=bq,
+        BG=bg,
+        BD=bd,
+        PRECISION=precision,
+        **LAUNCH["hip" if torch.version.hip else "cuda"],
+    )
     kept, worst = torch.empty_like(rows[:, 0]), torch.empty_like(best[:, 0, 0])
-    merge[(len(queries),)](best, rows, worst, kept, parts, KEEP=keep, WIDTH=triton.next_power_of_2(parts * keep))
+    merge[(len(queries),)](
+        best, rows, worst, kept, parts, KEEP=keep, WIDTH=triton.next_power_of_2(parts * keep)
+    )
     return kept, worst

@@ -8,9 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-MINI_UNED = Path(__file__).parents[2] / "shared" / "mini_uned"           # real images, beside the project; never in it
+MINI_UNED = (
+    Path(__file__).parents[2] / "shared" / "mini_uned"
+)  # real images, beside the project; never in it
 
-torch.set_num_threads(1)                    # these sizes gain nothing from a second thread, and suffer from a busy machine
+torch.set_num_threads(
+    1
+)  # these sizes gain nothing from a second thread, and suffer from a busy machine
 
 
 def picture(rng, hue, width=24, height=20):
@@ -63,5 +67,7 @@ def class_folders(tmp_path_factory):
 @pytest.fixture
 def mini_uned():
     if not MINI_UNED.is_dir():
-        pytest.skip(f"the real images are not here: {MINI_UNED.parent.name}/{MINI_UNED.name} beside the project")
+        pytest.skip(
+            f"the real images are not here: {MINI_UNED.parent.name}/{MINI_UNED.name} beside the project"
+        )
     return MINI_UNED

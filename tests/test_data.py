@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import write_uned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import data
-from conftest import write_uned
 from sampler import DomainSampler
 
 SIZE, BATCH, SEED = 16, 6, 3
-PROCEDURAL_IMAGES = {"val": 24, "test": 8}         # of a class
+PROCEDURAL_IMAGES = {"val": 24, "test": 8}  # of a class
 
 
 # Layouts ---------------------------------------------------------------------------------------------------------------------
@@ -28,10 +28,17 @@ def test_uned_layout(uned):
     train = benchmark.split("birds", "train")
     assert (len(train), train.num_classes) == (20, 4) and train.labels.dtype == np.int32
     assert train.image(7).mode == "RGB" and train.image(7).size == (24, 20)
-    assert train.paths.dtype.kind == "S", "paths are one block of bytes: a list of str is copied into every worker"
+    assert train.paths.dtype.kind == "S", (
+        "paths are one block of bytes: a list of str is copied into every worker"
+    )
     queries = benchmark.split("cars", "test")
     assert queries.labels[0] == (8, 99) and len(queries) == 10
-    assert [benchmark.index_name(d, s) for d in benchmark.domains for s in ("val", "test")] == ["val", "test", "val", "index"]
+    assert [benchmark.index_name(d, s) for d in benchmark.domains for s in ("val", "test")] == [
+        "val",
+        "test",
+        "val",
+        "index",
+    ]
 
 
 def test_small_index_serves_val(tmp_path):
@@ -39,7 +46,10 @@ def test_small_index_serves_val(tmp_path):
     folder = root / "info_files" / "birds"
     (folder / "small_index.json").write_text((folder / "val.json").read_text())
     benchmark = data.Benchmark(root)
-    assert (benchmark.index_name("birds", "val"), benchmark.index_name("birds", "test")) == ("small_index", "test")
+    assert (benchmark.index_name("birds", "val"), benchmark.index_name("birds", "test")) == (
+        "small_index",
+        "test",
+    )
     assert len(benchmark.split("birds", "small_index")) == 20
 
 
@@ -52,13 +62,16 @@ def test_labels_are_renumbered_for_the_classifier(tmp_path):
     file.write_text(json.dumps(entries))
     split = data.Benchmark(root).split("birds", "train")
     assert split.num_classes == 4 and split.labels[0] == 900
-    assert split.classes[[0, 5, 10, 15]].tolist() == [2, 0, 3, 1]                # in the order of the ids
+    assert split.classes[[0, 5, 10, 15]].tolist() == [2, 0, 3, 1]  # in the order of the ids
 
 
 def test_class_folders_are_cut_without_overlap(class_folders):
     benchmark = data.Benchmark(class_folders)
     for domain in benchmark.domains:
-        labels = {name: set(benchmark.split(domain, name).labels.tolist()) for name in ("train", "val", "test")}
+        labels = {
+            name: set(benchmark.split(domain, name).labels.tolist())
+            for name in ("train", "val", "test")
+        }
         assert {name: len(ids) for name, ids in labels.items()} == {"train": 4, "val": 1, "test": 2}
         assert len(set.union(*labels.values())) == 7, "each class is in exactly one split"
     assert len(data.Benchmark(class_folders).split("tools", "train")) == 16
@@ -93,12 +106,19 @@ def test_procedural_domains():
     for domain in benchmark.domains:
         splits = {name: benchmark.split(domain, name) for name in ("train", "val", "test")}
         labels = [set(split.labels.tolist()) for split in splits.values()]
-        assert not (labels[0] & labels[1] or labels[0] & labels[2] or labels[1] & labels[2]), f"{domain}: a class in two splits"
-        assert all((np.bincount(splits[name].classes) == number).all() for name, number in PROCEDURAL_IMAGES.items())
+        assert not (labels[0] & labels[1] or labels[0] & labels[2] or labels[1] & labels[2]), (
+            f"{domain}: a class in two splits"
+        )
+        assert all(
+            (np.bincount(splits[name].classes) == number).all()
+            for name, number in PROCEDURAL_IMAGES.items()
+        )
         sizes.add(splits["train"].num_classes)
         pixels = splits["test"].pixels
         assert pixels.shape[1:] == (64, 64, 3) and pixels.dtype == np.uint8
-        assert len(np.unique(pixels.reshape(len(pixels), -1), axis=0)) == len(pixels), f"{domain}: two images are the same"
+        assert len(np.unique(pixels.reshape(len(pixels), -1), axis=0)) == len(pixels), (
+            f"{domain}: two images are the same"
+        )
     assert len(sizes) > 4, f"numbers of classes are to be unequal: {sizes}"
     tail = np.bincount(benchmark.split("symbols", "train").classes)
     assert tail.max() >= 10 * np.median(tail), f"symbols is to be long-tailed: {tail}"
@@ -127,7 +147,9 @@ def test_procedural_classes_are_different_pictures(domain):
 @settings(deadline=None, max_examples=60)
 @given(width=st.integers(1, 90), height=st.integers(1, 90), size=st.integers(4, 48))
 def test_prepared_shapes(width, height, size):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
     assert data.prepare_train(image, size).shape == (round(size * 8 / 7),) * 2 + (3,)
     for antialias in (True, False):
         assert data.prepare_test(image, size, antialias).shape == (size, size, 3)
@@ -137,13 +159,17 @@ def test_training_side_of_the_paper():
     assert data.train_side(224) == 256
 
 
-@pytest.mark.parametrize("width, height, left, top, scaled",
-                         [(60, 40, 4, 0, (24, 16)), (40, 61, 0, 4, (16, 24)), (16, 16, 0, 0, (16, 16))])
+@pytest.mark.parametrize(
+    "width, height, left, top, scaled",
+    [(60, 40, 4, 0, (24, 16)), (40, 61, 0, 4, (16, 24)), (16, 16, 0, 0, (16, 16))],
+)
 def test_centre_crop(width, height, left, top, scaled):
     """Short side to 16, other side int(ratio x 16), then the centre with floored offset."""
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
     whole = np.asarray(image.resize(scaled, Image.Resampling.BILINEAR))
-    assert (data.prepare_test(image, 16) == whole[top:top + 16, left:left + 16]).all()
+    assert (data.prepare_test(image, 16) == whole[top : top + 16, left : left + 16]).all()
 
 
 @settings(deadline=None, max_examples=40)
@@ -166,14 +192,20 @@ def test_resize_with_antialias_is_torchs():
     pixels = np.random.default_rng(1).integers(0, 256, (90, 70, 3), dtype=np.uint8)
     ours = data.resize(Image.fromarray(pixels), 20, 24).astype(float)
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None].double()
-    theirs = F.interpolate(tensor, (24, 20), mode="bilinear", antialias=True, align_corners=False)[0].permute(1, 2, 0).numpy()
+    theirs = (
+        F.interpolate(tensor, (24, 20), mode="bilinear", antialias=True, align_corners=False)[0]
+        .permute(1, 2, 0)
+        .numpy()
+    )
     assert abs(ours - theirs).max() <= 1.0
 
 
 def test_normalise():
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.5, 0.1)
-    expected = (images.numpy().astype(np.float64) / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
+    expected = (images.numpy().astype(np.float64) / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(
+        std, (3, 1, 1)
+    )
     assert np.allclose(data.normalise(images, mean, std).numpy(), expected, atol=1e-6)
 
 
@@ -182,7 +214,9 @@ def test_normalise():
 
 def batches_of(root, **changes):
     benchmark = data.Benchmark(root)
-    return data.TrainBatches({d: benchmark.split(d, "train") for d in benchmark.domains}, SIZE, BATCH, SEED, **changes)
+    return data.TrainBatches(
+        {d: benchmark.split(d, "train") for d in benchmark.domains}, SIZE, BATCH, SEED, **changes
+    )
 
 
 def same(one, other):
@@ -208,11 +242,14 @@ def test_labels_belong_to_the_images(uned):
     images, labels = batches_of(uned)[11, "birds"]
     levels = images.float().mean((2, 3))
     for level, label in zip(levels, labels.tolist()):
-        assert int(level.argmax()) == label % 3 and (level.max() > 130) == (label == 3), (level, label)
+        assert int(level.argmax()) == label % 3 and (level.max() > 130) == (label == 3), (
+            level,
+            label,
+        )
 
 
 def test_a_batch_repeats_an_image_only_when_it_must(tmp_path):
-    root = write_uned(tmp_path, classes=2, images=2)                              # 4 images for a batch of 6
+    root = write_uned(tmp_path, classes=2, images=2)  # 4 images for a batch of 6
     images, _ = batches_of(root)[0, "birds"]
     assert len(images) == BATCH
     rng = np.random.default_rng((SEED, 5))
@@ -226,15 +263,23 @@ def test_a_batch_repeats_an_image_only_when_it_must(tmp_path):
 def test_crops_and_flips_vary(uned):
     """Every batch position gets its own crop and flip: a batch over one repeated picture is not one repeated picture."""
     split = data.Benchmark(uned).split("birds", "train")
-    one = data.Split("birds", "train", split.labels[:1], paths=[split.paths[0].decode()], folder=split.folder)
+    one = data.Split(
+        "birds", "train", split.labels[:1], paths=[split.paths[0].decode()], folder=split.folder
+    )
     batches = data.TrainBatches({"birds": one}, SIZE, 64, SEED)
     images = batches[0, "birds"][0].numpy()
     whole = data.prepare_train(one.image(0), SIZE).transpose(2, 0, 1)
     side = data.train_side(SIZE)
-    crops = {whole[:, t:t + SIZE, l:l + SIZE][:, :, ::step].tobytes()
-             for t in range(side - SIZE + 1) for l in range(side - SIZE + 1) for step in (1, -1)}
+    crops = {
+        whole[:, t : t + SIZE, l : l + SIZE][:, :, ::step].tobytes()
+        for t in range(side - SIZE + 1)
+        for l in range(side - SIZE + 1)
+        for step in (1, -1)
+    }
     seen = {image.tobytes() for image in images}
-    assert seen <= crops and len(seen) > 0.7 * len(crops), f"{len(seen)} of {len(crops)} crops and flips"
+    assert seen <= crops and len(seen) > 0.7 * len(crops), (
+        f"{len(seen)} of {len(crops)} crops and flips"
+    )
 
 
 @settings(deadline=None, max_examples=15)
@@ -243,20 +288,34 @@ def test_resized_crops_keep_their_share(least, step):
     """A picture whose red grows to the right and green downwards: the ends of a crop tell which part of it was kept."""
     size, side = 96, data.train_side(96)
     ramp = np.linspace(0, 255, side)
-    whole = np.stack([*np.broadcast_arrays(ramp[None, :], ramp[:, None]), np.zeros((side, side))], axis=-1).round().astype(np.uint8)
+    whole = (
+        np.stack(
+            [*np.broadcast_arrays(ramp[None, :], ramp[:, None]), np.zeros((side, side))], axis=-1
+        )
+        .round()
+        .astype(np.uint8)
+    )
     split = data.Split("ramps", "train", np.zeros(1, dtype=np.int32), pixels=whole[None])
     images, _ = data.TrainBatches({"ramps": split}, size, 16, SEED, min_area=least)[step, "ramps"]
-    red, green = images[:, 0].float().mean(1), images[:, 1].float().mean(2)                      # (16, size) each
-    width, height = (abs(x[:, -1] - x[:, 0]) / 255 * side / (side - 1) * size / (size - 1) for x in (red, green))
+    red, green = images[:, 0].float().mean(1), images[:, 1].float().mean(2)  # (16, size) each
+    width, height = (
+        abs(x[:, -1] - x[:, 0]) / 255 * side / (side - 1) * size / (size - 1) for x in (red, green)
+    )
     area, aspect, slack = width * height, width / height, 0.05
-    whole_side = (width > 1 - slack) | (height > 1 - slack)          # a crop that would not fit is cut to the picture
-    assert ((area >= least * (1 - slack) - 0.01) | whole_side).all(), f"{area.min():.3f} kept, {least:.3f} promised"
+    whole_side = (width > 1 - slack) | (
+        height > 1 - slack
+    )  # a crop that would not fit is cut to the picture
+    assert ((area >= least * (1 - slack) - 0.01) | whole_side).all(), (
+        f"{area.min():.3f} kept, {least:.3f} promised"
+    )
     assert ((0.75 - slack < aspect) & (aspect < 4 / 3 + slack) | whole_side).all()
     assert least > 0.9 or len(set(area.tolist())) > 8, "crops vary"
 
 
 def test_a_folders_domains_can_be_chosen(uned):
-    assert data.Benchmark(uned, ["cars"]).domains == ("cars",) and data.Benchmark(uned, None).domains == ("birds", "cars")
+    assert data.Benchmark(uned, ["cars"]).domains == ("cars",) and data.Benchmark(
+        uned, None
+    ).domains == ("birds", "cars")
     assert data.Benchmark(None, ["shape", "count", "shape"]).domains == ("count", "shape")
     with pytest.raises(data.InputError, match="'plants' is not in .*birds, cars"):
         data.Benchmark(uned, ["cars", "plants"])
@@ -290,7 +349,10 @@ def test_real_images(mini_uned):
     train = {d: benchmark.split(d, "train") for d in benchmark.domains}
     assert (len(train["food"]), train["food"].num_classes) == (2196, 61)
     assert sum(map(len, train.values())) == 19276
-    assert benchmark.index_name("retail_goods", "test") == "index" and benchmark.index_name("food", "test") == "test"
+    assert (
+        benchmark.index_name("retail_goods", "test") == "index"
+        and benchmark.index_name("food", "test") == "test"
+    )
     images = data.TestImages(benchmark.split("emoji", "val"), 64)
     assert images[3].shape == (3, 64, 64)
 
@@ -302,7 +364,9 @@ def spoil(root, edit):
     file = root / "info_files" / "birds" / "train.json"
     entries = json.loads(file.read_text())
     result = edit(entries)
-    file.write_text(result if isinstance(result, str) else json.dumps(entries if result is None else result))
+    file.write_text(
+        result if isinstance(result, str) else json.dumps(entries if result is None else result)
+    )
 
 
 BAD_MANIFESTS = {
@@ -357,7 +421,9 @@ def test_bad_image_is_named_by_a_worker(tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
 
 
-@pytest.mark.parametrize("make", [lambda p: p / "missing", lambda p: p / "file", lambda p: p / "empty"])
+@pytest.mark.parametrize(
+    "make", [lambda p: p / "missing", lambda p: p / "file", lambda p: p / "empty"]
+)
 def test_bad_folder(tmp_path, make):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()

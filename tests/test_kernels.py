@@ -22,11 +22,16 @@ from kernels import cosine_topk, cpu, direct, reference
 ROOT = Path(__file__).parents[1]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-SCALES = (1.0, 3.0, 2.0**-100, 2.0**100)           # 1e-30 to 1e30; exact in float32, so that a scaled row still ties
-GRID = 2**24                                        # scores are whole multiples of 1 / GRID
-TOLERANCE = 0.51 / GRID                             # of a score: half a step of the grid, and noise
-BLOCKS = ((1, 1), (1, 3), (2, 2), (3, 5), (2, 64), (64, 4), (1024, 2048))      # queries x index rows
-SHAPES = (                                          # Q, G, D, k
+SCALES = (
+    1.0,
+    3.0,
+    2.0**-100,
+    2.0**100,
+)  # 1e-30 to 1e30; exact in float32, so that a scaled row still ties
+GRID = 2**24  # scores are whole multiples of 1 / GRID
+TOLERANCE = 0.51 / GRID  # of a score: half a step of the grid, and noise
+BLOCKS = ((1, 1), (1, 3), (2, 2), (3, 5), (2, 64), (64, 4), (1024, 2048))  # queries x index rows
+SHAPES = (  # Q, G, D, k
     (1, 1, 1, 1),
     (1, 40, 6, 7),
     (9, 1, 5, 1),
@@ -35,7 +40,9 @@ SHAPES = (                                          # Q, G, D, k
     (13, 57, 16, 5),
 )
 PROPERTY = settings(deadline=None, max_examples=100)
-SEVERAL_SEARCHES = settings(deadline=None, max_examples=30)        # an example costs as much as five of the others
+SEVERAL_SEARCHES = settings(
+    deadline=None, max_examples=30
+)  # an example costs as much as five of the others
 
 
 @contextmanager
@@ -46,7 +53,10 @@ def blocks(query_block, index_block):
 
 def random_search(seed, queries, rows, width, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(n, width, generator=generator, dtype=torch.float64).to(dtype) for n in (queries, rows)]
+    return [
+        torch.randn(n, width, generator=generator, dtype=torch.float64).to(dtype)
+        for n in (queries, rows)
+    ]
 
 
 def cosines(queries, index):
@@ -61,7 +71,9 @@ def cosines(queries, index):
 
 def same_bits(found, expected):
     """Of scores (the sign of a zero too) and rows."""
-    return torch.equal(found[0].view(torch.int32), expected[0].view(torch.int32)) and torch.equal(found[1], expected[1])
+    return torch.equal(found[0].view(torch.int32), expected[0].view(torch.int32)) and torch.equal(
+        found[1], expected[1]
+    )
 
 
 def check(queries, index, k, exclude=None):
@@ -72,8 +84,12 @@ def check(queries, index, k, exclude=None):
     truth = cosines(queries, index)
     for q in range(len(queries)):
         barred = -1 if exclude is None else int(exclude[q])
-        order = [r for r in np.argsort(-np.rint(truth[q] * GRID), kind="stable").tolist() if r != barred][:k]
-        assert rows[q].tolist() == order, f"query {q}, barred {barred}: rows {rows[q].tolist()}, should be {order}"
+        order = [
+            r for r in np.argsort(-np.rint(truth[q] * GRID), kind="stable").tolist() if r != barred
+        ][:k]
+        assert rows[q].tolist() == order, (
+            f"query {q}, barred {barred}: rows {rows[q].tolist()}, should be {order}"
+        )
         error = np.abs(scores[q].double().numpy() - truth[q][order]).max()
         assert error <= TOLERANCE, f"query {q}: a score is {error:.1e} from the cosine"
     assert (scores.diff(dim=1) <= 0).all(), "scores ascend"
@@ -89,7 +105,9 @@ def searches(draw):
     index = draw(st.lists(st.sampled_from(pool), min_size=1, max_size=12))
     queries = draw(st.lists(st.sampled_from(pool) | vector, max_size=5))
     one_of_the_index = st.integers(-1, len(index) - 1)
-    exclude = draw(st.none() | st.lists(one_of_the_index, min_size=len(queries), max_size=len(queries)))
+    exclude = draw(
+        st.none() | st.lists(one_of_the_index, min_size=len(queries), max_size=len(queries))
+    )
     left = len(index) - any(row >= 0 for row in exclude or [])
     if not left:
         exclude, left = None, 1
@@ -98,15 +116,21 @@ def searches(draw):
 
 def exact_rows(query, index, barred, k):
     """The k nearest rows in rational arithmetic: by cos |cos|, which orders as the cosine does, then by row."""
+
     def closeness(row):
         dot, squared = sum(a * b for a, b in zip(query, index[row])), sum(b * b for b in index[row])
-        return Fraction(dot * abs(dot), squared or 1)                # the query's own norm changes no order
+        return Fraction(dot * abs(dot), squared or 1)  # the query's own norm changes no order
 
-    return sorted((row for row in range(len(index)) if row != barred), key=lambda row: (-closeness(row), row))[:k]
+    return sorted(
+        (row for row in range(len(index)) if row != barred), key=lambda row: (-closeness(row), row)
+    )[:k]
 
 
 def as_matrix(vectors, scales, width):
-    return torch.tensor(vectors, dtype=torch.float64).reshape(len(vectors), width) * torch.tensor(scales)[:, None]
+    return (
+        torch.tensor(vectors, dtype=torch.float64).reshape(len(vectors), width)
+        * torch.tensor(scales)[:, None]
+    )
 
 
 # Order ---------------------------------------------------------------------------------------------------------------------
@@ -117,14 +141,20 @@ def as_matrix(vectors, scales, width):
 def test_order_is_that_of_rational_arithmetic(search, sizes, dtype, data):
     queries, index, exclude, k = search
     width = len(index[0])
-    scaled = [as_matrix(v, data.draw(st.lists(st.sampled_from(SCALES), min_size=len(v), max_size=len(v))), width).to(dtype)
-              for v in (queries, index)]
+    scaled = [
+        as_matrix(
+            v, data.draw(st.lists(st.sampled_from(SCALES), min_size=len(v), max_size=len(v))), width
+        ).to(dtype)
+        for v in (queries, index)
+    ]
     barred = None if exclude is None else torch.tensor(exclude, dtype=torch.int64)
     with blocks(*sizes):
         _, rows = cosine_topk(*scaled, k, exclude=barred)
     for q, query in enumerate(queries):
         expected = exact_rows(query, index, -1 if exclude is None else exclude[q], k)
-        assert rows[q].tolist() == expected, f"query {query}: rows {rows[q].tolist()}, should be {expected}"
+        assert rows[q].tolist() == expected, (
+            f"query {query}: rows {rows[q].tolist()}, should be {expected}"
+        )
 
 
 @PROPERTY
@@ -134,7 +164,10 @@ def test_random_data_equals_brute_force(seed, shape, sizes, with_exclusion):
     queries, index = random_search(seed, q, g, d)
     exclude = None
     if with_exclusion and g > 1:
-        exclude, k = torch.randint(-1, g, (q,), generator=torch.Generator().manual_seed(seed)), min(k, g - 1)
+        exclude, k = (
+            torch.randint(-1, g, (q,), generator=torch.Generator().manual_seed(seed)),
+            min(k, g - 1),
+        )
     with blocks(*sizes):
         check(queries, index, k, exclude)
 
@@ -153,7 +186,9 @@ def test_equal_rows_come_in_ascending_order_across_blocks():
     for sizes in BLOCKS:
         with blocks(*sizes):
             scores, rows = cosine_topk(torch.tensor([near, far]), index, 8)
-        assert rows.tolist() == [[1, 4, 5, 7, 0, 2, 3, 6], [0, 2, 3, 6, 1, 4, 5, 7]], f"blocks {sizes}"
+        assert rows.tolist() == [[1, 4, 5, 7, 0, 2, 3, 6], [0, 2, 3, 6, 1, 4, 5, 7]], (
+            f"blocks {sizes}"
+        )
         assert scores.tolist() == [[1.0] * 4 + [0.0] * 4] * 2
 
 
@@ -172,11 +207,16 @@ def test_scores_are_multiples_of_the_grid():
 
 
 def test_one_step_of_the_grid_is_an_order_and_less_is_a_tie():
-    steps = torch.tensor([2**23 + 4.2, 2**23 + 4, 2**23 + 5, 2**23 + 3.8, -2**22 - 1, -2**22], dtype=torch.float64)
+    steps = torch.tensor(
+        [2**23 + 4.2, 2**23 + 4, 2**23 + 5, 2**23 + 3.8, -(2**22) - 1, -(2**22)],
+        dtype=torch.float64,
+    )
     index = torch.stack([steps / GRID, (1 - (steps / GRID) ** 2).sqrt()], 1)
     scores, rows = cosine_topk(torch.tensor([[1.0, 0.0]]), index, 6)
     assert rows.tolist() == [[2, 0, 1, 3, 5, 4]]
-    assert (scores.double() * GRID - 2**23).tolist() == [[5, 4, 4, 4, -2**22 - 2**23, -2**22 - 2**23 - 1]]
+    assert (scores.double() * GRID - 2**23).tolist() == [
+        [5, 4, 4, 4, -(2**22) - 2**23, -(2**22) - 2**23 - 1]
+    ]
 
 
 # Exclusion -----------------------------------------------------------------------------------------------------------------
@@ -190,7 +230,9 @@ def test_an_excluded_row_never_returns(rows, sizes, data):
     index = -torch.ones(rows, 2)
     index[barred] = 1
     with blocks(*sizes):
-        scores, found = cosine_topk(torch.ones(1, 2), index, rows - 1, exclude=torch.tensor([barred]))
+        scores, found = cosine_topk(
+            torch.ones(1, 2), index, rows - 1, exclude=torch.tensor([barred])
+        )
     assert found[0].tolist() == [row for row in range(rows) if row != barred]
     assert (scores == -1).all()
 
@@ -203,7 +245,10 @@ def test_exclusion_is_by_row_not_by_value():
 
 def test_minus_one_excludes_nothing():
     queries, index = random_search(4, 6, 20, 3)
-    for found, plain in zip(cosine_topk(queries, index, 20, exclude=torch.full((6,), -1)), cosine_topk(queries, index, 20)):
+    for found, plain in zip(
+        cosine_topk(queries, index, 20, exclude=torch.full((6,), -1)),
+        cosine_topk(queries, index, 20),
+    ):
         assert torch.equal(found, plain)
 
 
@@ -222,8 +267,10 @@ def test_exclude_of_every_integer_type(dtype):
 def test_exclude_of_other_sequences(form):
     queries, index = random_search(6, 4, 9, 3)
     rows = [3, -1, 0, 8]
-    assert torch.equal(cosine_topk(queries, index, 8, exclude=form(rows))[1],
-                       cosine_topk(queries, index, 8, exclude=torch.tensor(rows))[1])
+    assert torch.equal(
+        cosine_topk(queries, index, 8, exclude=form(rows))[1],
+        cosine_topk(queries, index, 8, exclude=torch.tensor(rows))[1],
+    )
 
 
 # Values --------------------------------------------------------------------------------------------------------------------
@@ -265,7 +312,9 @@ def test_zero_rows_have_similarity_zero_to_all():
 def test_closed_form_with_negative_cosines():
     degrees = [180, 60, 120, 0, 90]
     angles = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
-    scores, rows = cosine_topk(torch.tensor([[5.0, 0.0]]), torch.stack([angles.cos(), angles.sin()], 1), 5)
+    scores, rows = cosine_topk(
+        torch.tensor([[5.0, 0.0]]), torch.stack([angles.cos(), angles.sin()], 1), 5
+    )
     assert rows.tolist() == [[3, 1, 4, 2, 0]]
     assert scores.tolist() == [[1.0, 0.5, 0.0, -0.5, -1.0]]
 
@@ -301,7 +350,7 @@ def test_batching_of_queries_changes_nothing(seed, cuts):
 @SEVERAL_SEARCHES
 @given(st.integers(0, 2**32), st.permutations(range(25)), st.sampled_from(BLOCKS))
 def test_permuting_the_index_permutes_the_rows(seed, order, sizes):
-    queries, index = random_search(seed, 6, 25, 9)                         # without ties, whose order is that of the rows
+    queries, index = random_search(seed, 6, 25, 9)  # without ties, whose order is that of the rows
     order = torch.tensor(order)
     exclude = torch.tensor([0, 3, -1, 24, 7, -1])
     scores, rows = cosine_topk(queries, index, 24, exclude=exclude)
@@ -316,7 +365,9 @@ def test_non_contiguous_inputs():
     wide, tall = torch.randn(40, 30), queries.T.contiguous()
     wide[:, 1::3] = index
     assert not wide[:, 1::3].is_contiguous() and not tall.T.is_contiguous()
-    for found, expected in zip(cosine_topk(tall.T, wide[:, 1::3], 9), cosine_topk(queries, index, 9)):
+    for found, expected in zip(
+        cosine_topk(tall.T, wide[:, 1::3], 9), cosine_topk(queries, index, 9)
+    ):
         assert torch.equal(found, expected)
 
 
@@ -335,7 +386,9 @@ def test_no_gradient_is_kept():
     queries, index = (side.requires_grad_() for side in random_search(11, 4, 9, 3))
     scores, rows = cosine_topk(queries, index, 3, exclude=torch.arange(4))
     assert not scores.requires_grad
-    assert torch.equal(rows, cosine_topk(queries.detach(), index.detach(), 3, exclude=torch.arange(4))[1])
+    assert torch.equal(
+        rows, cosine_topk(queries.detach(), index.detach(), 3, exclude=torch.arange(4))[1]
+    )
 
 
 def test_no_queries():
@@ -347,7 +400,10 @@ def test_no_queries():
 
 def test_auto_is_torch():
     queries, index = random_search(12, 4, 30, 6)
-    for found, expected in zip(cosine_topk(queries, index, 5, backend="torch"), cosine_topk(queries, index, 5, backend="auto")):
+    for found, expected in zip(
+        cosine_topk(queries, index, 5, backend="torch"),
+        cosine_topk(queries, index, 5, backend="auto"),
+    ):
         assert torch.equal(found, expected)
 
 
@@ -366,7 +422,7 @@ def made_search(kind, seed, q, g, d):
         index = index[:1].repeat(g, 1)
     elif kind == "clusters":
         index = index[torch.randint(0, min(5, g), (g,), generator=generator)] + 0.1 * index
-    elif kind == "near copies":                               # closer than float32 scores can tell, not closer than the grid
+    elif kind == "near copies":  # closer than float32 scores can tell, not closer than the grid
         index = index[:1] + 3e-7 * index
     elif kind == "sorted":
         index = index[(index @ queries[0]).argsort(descending=bool(seed % 2))]
@@ -377,7 +433,17 @@ def made_search(kind, seed, q, g, d):
     return queries, index
 
 
-KINDS = ("random", "copies", "few copies", "equal", "clusters", "near copies", "sorted", "unit", "zeros")
+KINDS = (
+    "random",
+    "copies",
+    "few copies",
+    "equal",
+    "clusters",
+    "near copies",
+    "sorted",
+    "unit",
+    "zeros",
+)
 
 
 @SEVERAL_SEARCHES
@@ -385,20 +451,36 @@ KINDS = ("random", "copies", "few copies", "equal", "clusters", "near copies", "
 def test_the_cpu_path_is_the_reference_bit_for_bit(data):
     """Whatever the data, k, exclusion, types, strides, blocks and threads."""
     draw = data.draw
-    q, g, d = draw(st.integers(1, 40)), draw(st.integers(1, 2500)), draw(st.sampled_from((1, 2, 3, 17, 64, 300)))
+    q, g, d = (
+        draw(st.integers(1, 40)),
+        draw(st.integers(1, 2500)),
+        draw(st.sampled_from((1, 2, 3, 17, 64, 300))),
+    )
     queries, index = made_search(draw(st.sampled_from(KINDS)), draw(st.integers(0, 2**32)), q, g, d)
-    queries, index = queries.to(draw(st.sampled_from(DTYPES))), index.to(draw(st.sampled_from(DTYPES)))
+    queries, index = (
+        queries.to(draw(st.sampled_from(DTYPES))),
+        index.to(draw(st.sampled_from(DTYPES))),
+    )
     if draw(st.booleans()):
         index = index.T.contiguous().T
     exclude = torch.randint(-1, g, (q,)) if g > 1 and draw(st.booleans()) else None
     k = draw(st.integers(1, min(70, g - (exclude is not None))))
-    sizes = {"QUERY_BLOCK": draw(st.sampled_from((1, 7, 512))), "TILE": draw(st.sampled_from((1, 2**14, 2**19))),
-             "TILES": draw(st.sampled_from((1, 8))), "CHUNK": draw(st.sampled_from((1, 700, 2**18))),
-             "MAXIMA": draw(st.sampled_from((1500, 2**19))), "NORMALISED": draw(st.sampled_from((2**12, 2**23))),
-             "STATE": draw(st.sampled_from((100, 2**21))), "GATHERED": draw(st.sampled_from((2**15, 2**18))),
-             "SCORES": draw(st.sampled_from((1, 5000, 2**20))), "SPARE": draw(st.sampled_from((2, 9))),
-             "DIRECT": draw(st.sampled_from((0, 8192))), "ALIKE": draw(st.sampled_from((-600, 30, 2048))),
-             "PREPARED": draw(st.sampled_from((2**10, 2**19))), "LINEAR": draw(st.sampled_from((None, cpu.LINEAR)))}
+    sizes = {
+        "QUERY_BLOCK": draw(st.sampled_from((1, 7, 512))),
+        "TILE": draw(st.sampled_from((1, 2**14, 2**19))),
+        "TILES": draw(st.sampled_from((1, 8))),
+        "CHUNK": draw(st.sampled_from((1, 700, 2**18))),
+        "MAXIMA": draw(st.sampled_from((1500, 2**19))),
+        "NORMALISED": draw(st.sampled_from((2**12, 2**23))),
+        "STATE": draw(st.sampled_from((100, 2**21))),
+        "GATHERED": draw(st.sampled_from((2**15, 2**18))),
+        "SCORES": draw(st.sampled_from((1, 5000, 2**20))),
+        "SPARE": draw(st.sampled_from((2, 9))),
+        "DIRECT": draw(st.sampled_from((0, 8192))),
+        "ALIKE": draw(st.sampled_from((-600, 30, 2048))),
+        "PREPARED": draw(st.sampled_from((2**10, 2**19))),
+        "LINEAR": draw(st.sampled_from((None, cpu.LINEAR))),
+    }
     threads = draw(st.sampled_from((1, 2)))
     try:
         torch.set_num_threads(threads)
@@ -411,13 +493,22 @@ def test_the_cpu_path_is_the_reference_bit_for_bit(data):
 
 
 @PROPERTY
-@given(st.sampled_from(KINDS), st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 700), st.sampled_from((1, 3, 64, 300)),
-       st.data())
+@given(
+    st.sampled_from(KINDS),
+    st.integers(0, 2**32),
+    st.integers(1, 12),
+    st.integers(1, 700),
+    st.sampled_from((1, 3, 64, 300)),
+    st.data(),
+)
 def test_few_pairs_are_ranked_as_by_the_reference(kind, seed, q, g, d, data):
     queries, index = made_search(kind, seed, q, g, d)
     exclude = torch.randint(-1, g, (q,)) if g > 1 and data.draw(st.booleans()) else None
     k = data.draw(st.integers(1, min(40, g - (exclude is not None))))
-    few, unthreaded = data.draw(st.sampled_from((0, 2**20))), data.draw(st.sampled_from((1, 5000, 2**19)))
+    few, unthreaded = (
+        data.draw(st.sampled_from((0, 2**20))),
+        data.draw(st.sampled_from((1, 5000, 2**19))),
+    )
     with patch.object(cpu, "FEW", few), patch.object(direct, "UNTHREADED", unthreaded):
         found = cosine_topk(queries, index, k, exclude=exclude)
     assert same_bits(found, reference.result(reference.topk(queries, index, k, exclude)))
@@ -429,7 +520,7 @@ def test_a_score_that_rounding_noise_leaves_in_doubt_is_the_references():
     steps = cosines(queries, index) * GRID
     q, g = next(zip(*np.nonzero(np.abs(np.abs(steps - np.rint(steps)) - 0.5) < 4e-7)))
     some = torch.tensor([g, *range(39)])
-    for query in (queries[q:q + 1], queries[q:q + 1].repeat(2, 1)):
+    for query in (queries[q : q + 1], queries[q : q + 1].repeat(2, 1)):
         with patch.object(cpu.reference, "scores", side_effect=reference.scores) as asked:
             found = cosine_topk(query, index[some], 40)
         assert asked.call_count == 1, f"the reference was asked {asked.call_count} times"
@@ -441,14 +532,18 @@ def test_a_score_in_doubt_is_scored_from_the_values_given():
     query = torch.tensor([[-0.5561866164207458, -0.9104922413825989, -0.08157529681921005]])
     row = torch.tensor([[-0.3399828374385834, -1.0902106761932373, 1.3679170608520508]])
     expected = reference.scores(query[:, None], row[None])[0, 0].item()
-    assert expected != reference.scores(query[:, None].double(), row[None].double())[0, 0].item(), "the pair tells nothing"
+    assert expected != reference.scores(query[:, None].double(), row[None].double())[0, 0].item(), (
+        "the pair tells nothing"
+    )
     for queries in (query, query.repeat(2, 1)):
         assert (cosine_topk(queries, row, 1)[0].double() * GRID == expected).all()
 
 
 @pytest.mark.parametrize("threads", (1, 2))
-@pytest.mark.parametrize("distinct, copies, q, d", (
-    (900, 30, 500, 384), (512, 20, 300, 16), (9216, 3, 50, 16), (600, 20, 100, 256)))
+@pytest.mark.parametrize(
+    "distinct, copies, q, d",
+    ((900, 30, 500, 384), (512, 20, 300, 16), (9216, 3, 50, 16), (600, 20, 100, 256)),
+)
 def test_copies_of_more_rows_than_a_tail(threads, distinct, copies, q, d):
     """The distinct rows are searched by groups; what belongs to no group must not lie where other rows are gathered, and may be
     nothing."""
@@ -489,16 +584,24 @@ def test_the_noise_of_a_query_grows_with_its_norm(scale):
     for seed in range(200):
         queries, index = random_search(seed, 1, 300, 64)
         index = index[:1] + 3e-5 * index
-        assert same_bits(cosine_topk(scale * queries, index, 6), reference.result(reference.topk(scale * queries, index, 6)))
+        assert same_bits(
+            cosine_topk(scale * queries, index, 6),
+            reference.result(reference.topk(scale * queries, index, 6)),
+        )
 
 
-@pytest.mark.parametrize("values", (None, "abc", [[1.0], [2.0, 3.0]], np.ones((3, 2))[::-1], [2**70]), ids=str)
+@pytest.mark.parametrize(
+    "values", (None, "abc", [[1.0], [2.0, 3.0]], np.ones((3, 2))[::-1], [2**70]), ids=str
+)
 def test_what_is_no_array_of_numbers_is_an_error(values):
     rows = torch.ones(3, 2)
     for sides in ((values, rows, None), (rows, values, None), (rows, rows, values)):
         if sides[2] is None and values is None:
             continue
-        with pytest.raises(ValueError, match=r"(queries|index|exclude) (cannot be|are|is) .*: (give a tensor|they must|it must)"):
+        with pytest.raises(
+            ValueError,
+            match=r"(queries|index|exclude) (cannot be|are|is) .*: (give a tensor|they must|it must)",
+        ):
             cosine_topk(*sides[:2], 1, exclude=sides[2])
 
 
@@ -523,11 +626,14 @@ def test_exclude_of_complex_or_too_large_numbers_is_an_error():
 @pytest.mark.parametrize("q, g", ((3, 300), (300, 9001)))
 def test_another_default_device(threads, q, g):
     queries, index = random_search(27, q, g, 16)
-    expected = cosine_topk(queries, index, 5), cosine_topk(queries, index[:g // 9].repeat(9, 1), 5)
+    expected = cosine_topk(queries, index, 5), cosine_topk(queries, index[: g // 9].repeat(9, 1), 5)
     try:
         torch.set_num_threads(threads)
         torch.set_default_device("meta")
-        found = cosine_topk(queries, index, 5), cosine_topk(queries, index[:g // 9].repeat(9, 1), 5)
+        found = (
+            cosine_topk(queries, index, 5),
+            cosine_topk(queries, index[: g // 9].repeat(9, 1), 5),
+        )
     finally:
         torch.set_default_device(None)
         torch.set_num_threads(1)
@@ -547,7 +653,10 @@ def test_bounds_by_groups_with_exclusion_and_a_last_row_of_no_whole_group():
 
 def test_there_is_no_negative_zero():
     """Nor of a cosine in the middle between 0 and the next score, which is in doubt."""
-    queries, index = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1e-9, 1.0], [0.0, 1.0], [-0.5 / GRID, 1.0]])
+    queries, index = (
+        torch.tensor([[1.0, 0.0]]),
+        torch.tensor([[-1e-9, 1.0], [0.0, 1.0], [-0.5 / GRID, 1.0]]),
+    )
     for dtype in (torch.float32, torch.float64):
         for some in (queries, queries.repeat(3, 1)):
             assert (cosine_topk(some.to(dtype), index.to(dtype), 3)[0].view(torch.int32) == 0).all()
@@ -575,7 +684,11 @@ def test_onednn_is_given_whole_matrices_alone(q, g):
         return linear(left, right, *others)
 
     linear = cpu.LINEAR
-    for cut in (lambda rows: rows[:, :64], lambda rows: rows[:, ::2], lambda rows: rows.T.contiguous().T):
+    for cut in (
+        lambda rows: rows[:, :64],
+        lambda rows: rows[:, ::2],
+        lambda rows: rows.T.contiguous().T,
+    ):
         with patch.object(cpu, "LINEAR", product):
             found = cosine_topk(cut(wide), cut(index), 6)
         assert same_bits(found, cosine_topk(cut(wide).contiguous(), cut(index).contiguous(), 6))
@@ -595,8 +708,14 @@ def test_searches_at_the_same_time_leave_the_settings_as_they_were():
     torch.set_num_threads(2)
     try:
         with patch.object(direct, "of_many", watched), ThreadPoolExecutor(4) as pool:
-            results = list(pool.map(lambda _: (cosine_topk(queries, index, 6), torch.get_num_threads()), range(40)))
-        assert torch.get_num_threads() == 2 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+            results = list(
+                pool.map(
+                    lambda _: (cosine_topk(queries, index, 6), torch.get_num_threads()), range(40)
+                )
+            )
+        assert (
+            torch.get_num_threads() == 2 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        )
     finally:
         torch.set_num_threads(1)
         torch.set_float32_matmul_precision("highest")
@@ -607,11 +726,16 @@ def test_searches_at_the_same_time_leave_the_settings_as_they_were():
 def test_an_inherited_precision_stays_inherited():
     queries, index = random_search(23, 300, 3000, 64)
     try:
-        torch.backends.mkldnn.matmul.fp32_precision, torch.backends.mkldnn.fp32_precision = "none", "bf16"
+        torch.backends.mkldnn.matmul.fp32_precision, torch.backends.mkldnn.fp32_precision = (
+            "none",
+            "bf16",
+        )
         cosine_topk(queries, index, 6)
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
         torch.backends.mkldnn.fp32_precision = "ieee"
-        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee", "a search has made its own of it"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee", (
+            "a search has made its own of it"
+        )
     finally:
         torch.backends.mkldnn.fp32_precision = "none"
 
@@ -648,12 +772,16 @@ def test_the_cpu_path_needs_the_reference_for_few(kind):
 
 
 @SEVERAL_SEARCHES
-@given(st.integers(0, 2**32), st.lists(st.integers(1, 39), max_size=3, unique=True), st.integers(1, 40))
+@given(
+    st.integers(0, 2**32), st.lists(st.integers(1, 39), max_size=3, unique=True), st.integers(1, 40)
+)
 def test_merged_parts_of_an_index_are_the_whole(seed, cuts, k):
     queries, index = made_search("few copies", seed, 5, 40, 3)
     parts = index.tensor_split(sorted(cuts))
     found = [cosine_topk(queries, part, min(k, len(part))) for part in parts]
-    for one, other in zip(reference.merged(found, [0, *sorted(cuts)], k), cosine_topk(queries, index, k)):
+    for one, other in zip(
+        reference.merged(found, [0, *sorted(cuts)], k), cosine_topk(queries, index, k)
+    ):
         assert torch.equal(one, other)
 
 
@@ -661,7 +789,10 @@ def test_scores_of_a_pair_are_the_same_in_any_company():
     queries, index = random_search(16, 5, 300, 77)
     together = reference.scores(queries[:, None], index[None])
     for q, g in ((0, 0), (3, 17), (4, 299)):
-        assert reference.scores(queries[q:q + 1, None], index[None, g:g + 1]).item() == together[q, g]
+        assert (
+            reference.scores(queries[q : q + 1, None], index[None, g : g + 1]).item()
+            == together[q, g]
+        )
 
 
 def test_products_of_lower_precision_are_not_taken():
@@ -687,16 +818,25 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))])
+        self.elements = max(
+            [
+                self.elements,
+                *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)),
+            ]
+        )
         return result
 
 
-@pytest.mark.parametrize("q, g, d, k, sizes", (
-    (60, 90, 4, 3, (10, 40)),
-    (400, 30, 2, 5, (20, 10)),
-    (20, 900, 2, 5, (10, 200)),
-    (1500, 3000, 2, 2, None),                       # the blocks of the module itself
-), ids=str)
+@pytest.mark.parametrize(
+    "q, g, d, k, sizes",
+    (
+        (60, 90, 4, 3, (10, 40)),
+        (400, 30, 2, 5, (20, 10)),
+        (20, 900, 2, 5, (10, 200)),
+        (1500, 3000, 2, 2, None),  # the blocks of the module itself
+    ),
+    ids=str,
+)
 def test_memory_is_one_block_and_never_all_scores(q, g, d, k, sizes):
     queries, index = random_search(13, q, g, d)
     rows_a, rows_b = sizes or (1024, 2048)
@@ -704,7 +844,9 @@ def test_memory_is_one_block_and_never_all_scores(q, g, d, k, sizes):
     assert allowed < q * g / 2, "this size shows nothing"
     with blocks(*sizes or (reference.QUERY_BLOCK, reference.INDEX_BLOCK)), Largest() as largest:
         reference.topk(queries, index, k, torch.arange(q) % g)
-    assert 0 < largest.elements <= allowed, f"a tensor of {largest.elements} elements where {allowed} are allowed"
+    assert 0 < largest.elements <= allowed, (
+        f"a tensor of {largest.elements} elements where {allowed} are allowed"
+    )
 
 
 @pytest.mark.parametrize("q, g, d, k", ((3000, 20000, 16, 6), (40, 9000, 256, 64)))
@@ -713,7 +855,9 @@ def test_memory_of_the_cpu_path(q, g, d, k):
     queries, index = random_search(18, q, g, d)
     with Largest() as largest:
         cpu.topk(queries, index, k)
-    assert 0 < largest.elements <= max(g * d, q * d, 2**21, 2 * q * (k + cpu.SPARE)), f"a tensor of {largest.elements} elements"
+    assert 0 < largest.elements <= max(g * d, q * d, 2**21, 2 * q * (k + cpu.SPARE)), (
+        f"a tensor of {largest.elements} elements"
+    )
 
 
 def test_memory_of_the_process():
@@ -728,7 +872,11 @@ def test_memory_of_the_process():
         before = memory()
         kernels.cosine_topk(index[:600], index, 5)
         print(memory() - before)"""
-    grown = float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+    grown = float(
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout
+    )
     assert grown <= 90, grown
 
 
@@ -744,36 +892,71 @@ def with_value(matrix, row, value):
     return matrix
 
 
-@pytest.mark.parametrize("arguments, options, sentence", (
-    ((Q, G, 0), {}, "k is 0: it must be a whole number from 1 to 6"),
-    ((Q, G, -2), {}, "k is -2: it must be a whole number from 1 to 6"),
-    ((Q, G, 7), {}, "k is 7: it must be a whole number from 1 to 6"),
-    ((Q, G, 2.5), {}, "k is 2.5: .*must"),
-    ((Q, G, 6), {"exclude": torch.tensor([-1, 2, -1])}, "k is 6: it must be a whole number from 1 to 5"),
-    ((Q, G[:1], 1), {"exclude": torch.tensor([-1, 0, -1])}, "the index has 1 rows, which leaves none"),
-    ((Q, G[:0], 1), {}, "the index has 0 rows, which leaves none"),
-    ((Q, torch.ones(6, 5), 1), {}, "queries have 4 dimensions, the index has 5: .*must"),
-    ((with_value(Q, 2, NAN), G, 1), {}, "queries row 2 .*must"),
-    ((with_value(Q, 0, INF), G, 1), {}, "queries row 0 .*must"),
-    ((Q, with_value(G, 5, NAN), 1), {}, "index row 5 .*must"),
-    ((Q, with_value(G, 3, -INF), 1), {}, "index row 3 .*must"),
-    ((Q[0], G, 1), {}, r"queries are \(4,\) .*must be two-dimensional"),
-    ((Q, G[0], 1), {}, r"index are \(4,\) .*must be two-dimensional"),
-    ((Q[None], G, 1), {}, r"queries are \(1, 3, 4\) .*must be two-dimensional"),
-    ((Q.long(), G, 1), {}, "queries are .*int64: they must be .*floating point"),
-    ((Q, G.int(), 1), {}, "index are .*int32: they must be .*floating point"),
-    ((Q, G, 1), {"exclude": torch.tensor([0, 1])}, r"exclude is \(2,\) .*must hold one integer for each of the 3"),
-    ((Q, G, 1), {"exclude": torch.tensor([[0], [1], [2]])}, r"exclude is \(3, 1\) .*must hold one integer"),
-    ((Q, G, 1), {"exclude": 1}, r"exclude is \(\) .*must hold one integer"),
-    ((Q, G, 1), {"exclude": torch.zeros(3)}, "exclude is .*float32: it must hold one integer"),
-    ((Q, G, 1), {"exclude": torch.zeros(3, dtype=torch.bool)}, "exclude is .*bool: it must hold one integer"),
-    ((Q, G, 1), {"exclude": torch.tensor([0, 6, 1])}, "exclude holds 6: it must hold rows of the index, 0 to 5, or -1"),
-    ((Q, G, 1), {"exclude": torch.tensor([0, 1, -2])}, "exclude holds -2: it must hold rows of the index, 0 to 5, or -1"),
-    ((Q.to_sparse(), G, 1), {}, "queries are .* torch.sparse_coo: they must be .*dense"),
-    ((Q, G.to(torch.float8_e4m3fn), 1), {}, "index are .*float8_e4m3fn: they must be .*floating point of 16, 32 or 64 bits"),
-    ((Q, G, True), {}, "k is True: it must be a whole number"),
-    ((Q, G, 1), {"backend": "cuda"}, "backend 'cuda' is unknown: use 'auto', 'torch'"),
-))
+@pytest.mark.parametrize(
+    "arguments, options, sentence",
+    (
+        ((Q, G, 0), {}, "k is 0: it must be a whole number from 1 to 6"),
+        ((Q, G, -2), {}, "k is -2: it must be a whole number from 1 to 6"),
+        ((Q, G, 7), {}, "k is 7: it must be a whole number from 1 to 6"),
+        ((Q, G, 2.5), {}, "k is 2.5: .*must"),
+        (
+            (Q, G, 6),
+            {"exclude": torch.tensor([-1, 2, -1])},
+            "k is 6: it must be a whole number from 1 to 5",
+        ),
+        (
+            (Q, G[:1], 1),
+            {"exclude": torch.tensor([-1, 0, -1])},
+            "the index has 1 rows, which leaves none",
+        ),
+        ((Q, G[:0], 1), {}, "the index has 0 rows, which leaves none"),
+        ((Q, torch.ones(6, 5), 1), {}, "queries have 4 dimensions, the index has 5: .*must"),
+        ((with_value(Q, 2, NAN), G, 1), {}, "queries row 2 .*must"),
+        ((with_value(Q, 0, INF), G, 1), {}, "queries row 0 .*must"),
+        ((Q, with_value(G, 5, NAN), 1), {}, "index row 5 .*must"),
+        ((Q, with_value(G, 3, -INF), 1), {}, "index row 3 .*must"),
+        ((Q[0], G, 1), {}, r"queries are \(4,\) .*must be two-dimensional"),
+        ((Q, G[0], 1), {}, r"index are \(4,\) .*must be two-dimensional"),
+        ((Q[None], G, 1), {}, r"queries are \(1, 3, 4\) .*must be two-dimensional"),
+        ((Q.long(), G, 1), {}, "queries are .*int64: they must be .*floating point"),
+        ((Q, G.int(), 1), {}, "index are .*int32: they must be .*floating point"),
+        (
+            (Q, G, 1),
+            {"exclude": torch.tensor([0, 1])},
+            r"exclude is \(2,\) .*must hold one integer for each of the 3",
+        ),
+        (
+            (Q, G, 1),
+            {"exclude": torch.tensor([[0], [1], [2]])},
+            r"exclude is \(3, 1\) .*must hold one integer",
+        ),
+        ((Q, G, 1), {"exclude": 1}, r"exclude is \(\) .*must hold one integer"),
+        ((Q, G, 1), {"exclude": torch.zeros(3)}, "exclude is .*float32: it must hold one integer"),
+        (
+            (Q, G, 1),
+            {"exclude": torch.zeros(3, dtype=torch.bool)},
+            "exclude is .*bool: it must hold one integer",
+        ),
+        (
+            (Q, G, 1),
+            {"exclude": torch.tensor([0, 6, 1])},
+            "exclude holds 6: it must hold rows of the index, 0 to 5, or -1",
+        ),
+        (
+            (Q, G, 1),
+            {"exclude": torch.tensor([0, 1, -2])},
+            "exclude holds -2: it must hold rows of the index, 0 to 5, or -1",
+        ),
+        ((Q.to_sparse(), G, 1), {}, "queries are .* torch.sparse_coo: they must be .*dense"),
+        (
+            (Q, G.to(torch.float8_e4m3fn), 1),
+            {},
+            "index are .*float8_e4m3fn: they must be .*floating point of 16, 32 or 64 bits",
+        ),
+        ((Q, G, True), {}, "k is True: it must be a whole number"),
+        ((Q, G, 1), {"backend": "cuda"}, "backend 'cuda' is unknown: use 'auto', 'torch'"),
+    ),
+)
 def test_errors_name_the_value_and_the_remedy(arguments, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         cosine_topk(*arguments, **options)

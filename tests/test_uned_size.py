@@ -11,12 +11,17 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import evaluate  # noqa: E402
 import uned_size  # noqa: E402
+
+import evaluate  # noqa: E402
 
 
 def run(monkeypatch, out):
-    monkeypatch.setattr(sys, "argv", ["uned_size.py", "--queries", "300", "--index", "4000", "--dim", "8", "--out", str(out)])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["uned_size.py", "--queries", "300", "--index", "4000", "--dim", "8", "--out", str(out)],
+    )
     uned_size.main()
 
 
@@ -29,7 +34,10 @@ def test_what_is_made_up(q, g):
     for row, itself in enumerate(exclude.tolist()):
         if itself >= 0:
             assert torch.equal(queries.vectors[row], index.vectors[itself])
-            assert (queries.labels[row], queries.domains[row]) == (index.labels[itself], index.domains[itself])
+            assert (queries.labels[row], queries.domains[row]) == (
+                index.labels[itself],
+                index.domains[itself],
+            )
     again = uned_size.made_up(q, g, 8, 3)
     assert torch.equal(again[1].vectors, index.vectors) and np.array_equal(again[2], exclude)
 
@@ -43,8 +51,17 @@ def test_unless_told_it_has_the_size_of_uned():
 def test_a_small_run(monkeypatch, tmp_path, capsys):
     run(monkeypatch, tmp_path / "out.json")
     result = json.loads((tmp_path / "out.json").read_text())
-    assert (result["queries"], result["index"], result["dim"], result["queries_equal_to_loop"]) == (300, 4000, 8, 300)
-    assert 0 < result["excluded"] < 300 and 0 < result["recall_at_1"] < 1 and 0 < result["mmp_at_5"] < 1
+    assert (result["queries"], result["index"], result["dim"], result["queries_equal_to_loop"]) == (
+        300,
+        4000,
+        8,
+        300,
+    )
+    assert (
+        0 < result["excluded"] < 300
+        and 0 < result["recall_at_1"] < 1
+        and 0 < result["mmp_at_5"] < 1
+    )
     assert f"R@1 {100 * result['recall_at_1']:.2f}" in capsys.readouterr().out
 
 
