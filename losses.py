@@ -1,48 +1,59 @@
-"""The losses of UDON (paper section 3): pure functions, tensors in, one scalar out.    Copy with: torch only.
+"""The losses of UDON (paper section 3): pure functions from tensors to one scalar.
 
-    classification_loss           cosines (B, C), labels (B,)            -> scalar >= 0
-    logit_distillation_loss       cosines (B, C) of student and teacher  -> scalar >= 0, 0 at agreement
-    relational_distillation_loss  embeddings (B, S) and (B, T)           -> scalar in [0, 2 x scale], 0 at agreement
+    classification_loss           cosines (B, C), labels (B,)         -> scalar >= 0
+    logit_distillation_loss       student and teacher cosines (B, C)  -> scalar >= 0
+    relational_distillation_loss  embeddings (B, S) and (B, T)        -> scalar in [0, 2 x scale]
 
-B batch, C classes of the batch's domain, S student width, T teacher width. "Cosines" are products of unit vectors, in
-[-1, 1]; they become "logits" once multiplied by a scale. Half-precision inputs are computed in float32, also under autocast;
-float64 stays float64. Teachers are detached inside the two distillation losses: no gradient ever reaches them from here.
+B batch size, C classes of the batch's domain, S student width, T teacher width. Cosines are
+products of unit vectors, in [-1, 1]; they become logits once multiplied by a scale. Both
+distillation losses are 0 where student and teacher agree, and detach the teacher.
+Half-precision inputs are computed in float32, also under autocast; float64 stays float64.
+Copy with: torch.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def _at_least_float32(x):
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def classification_loss(cosines, labels, *, scale=16.0, margin=0.0, kind="normface"):
+def classification_loss(
+    cosines: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 16.0,
+    margin: float = 0.0,
+    kind: str = "normface",
+) -> Tensor:
     """Cross-entropy of scaled cosines, averaged over the batch.
 
-    cosines: (B, C) in [-1, 1].  labels: (B,) integers in 0..C-1.  margin: cosine units (cosface) or radians (arcface).
-    kind, which changes the true class c alone:  normface cos(c);  cosface cos(c) - margin;  arcface cos(angle(c) + margin),
-    which beyond an angle of pi - margin rises again, as published.
-    Zero only with one class. Gradient: to `cosines`; always finite, at cosines of exactly -1 and 1 too.
-    Raises ValueError for another kind, or a margin with normface, which has none.
-    Source: scale 16 and normface are the official setting; normface arXiv:1704.06369, cosface 1801.09414, arcface 1801.07698.
+    cosines  (B, C) floating point, in [-1, 1]
+    labels   (B,) integers in 0..C-1
+    kind     what becomes of the true class's cosine cos(a): "normface" cos(a),
+             "cosface" cos(a) - margin, "arcface" cos(a + margin), which rises for a > pi - margin
+    margin   a difference of cosines for cosface, radians for arcface, 0 for normface
+    Range [0, inf); always 0 if C = 1. Gradient: to `cosines`, finite even at exactly -1 and 1.
+    Raises ValueError for an unknown kind, a margin with normface, and labels of another shape,
+    dtype or range. The range is checked on the CPU only: reading labels would stall a GPU, where
+    cross-entropy has an assertion of its own.
+    Source: scale 16 and normface are the official setting. normface arXiv:1704.06369,
+    cosface arXiv:1801.09414, arcface arXiv:1801.07698.
     """
+    _check_labels(labels, cosines)
     cosines, labels = _at_least_float32(cosines), labels.long()
     if kind == "normface":
         if margin:
             raise ValueError(
-                f"margin is {margin} but normface has none: leave it 0, or use kind 'cosface' or 'arcface'"
+                f"margin is {margin}, but normface has no margin: set it to 0, or use kind "
+                "'cosface' or 'arcface'"
             )
         return F.cross_entropy(scale * cosines, labels)
     true = cosines.gather(1, labels[:, None])  # (B, 1)
     if kind == "cosface":
         true = true - margin
     elif kind == "arcface":
-        sine_squared = (1 - true) * (1 + true)
-        inside = sine_squared > 0  # at +-1 the square root has no finite slope: a constant 0 there
-        sine = torch.where(inside, torch.where(inside, sine_squared, 1.0).sqrt(), 0.0)
+        sine = _sine(true)
         true = true * math.cos(margin) - sine * math.sin(margin)
     else:
         raise ValueError(
@@ -52,40 +63,77 @@ def classification_loss(cosines, labels, *, scale=16.0, margin=0.0, kind="normfa
 
 
 def logit_distillation_loss(
-    student_cosines, teacher_cosines, *, student_temperature=0.1, teacher_temperature=0.1
-):
-    """KL(softmax(teacher cosines / 0.1) || softmax(student cosines / 0.1)), averaged over the batch; no T^2 factor.
+    student_cosines: Tensor,
+    teacher_cosines: Tensor,
+    *,
+    student_temperature: float = 0.1,
+    teacher_temperature: float = 0.1,
+) -> Tensor:
+    """KL(softmax(teacher / 0.1) || softmax(student / 0.1)), averaged over the batch; no T^2 factor.
 
-    student_cosines, teacher_cosines: (B, C) in [-1, 1].  Range [0, inf); 0 with zero gradient where the two agree.
-    Gradient: to `student_cosines` only.  Raises ValueError for shapes that differ.  Source: paper section 3, official temperatures.
+    student_cosines, teacher_cosines  (B, C) floating point, in [-1, 1]
+    Range [0, inf); 0 with zero gradient where the two distributions agree.
+    Gradient: to `student_cosines` only. Raises ValueError if the shapes differ.
+    Source: paper section 3, official temperatures.
     """
     if student_cosines.shape != teacher_cosines.shape:
         raise ValueError(
-            f"student cosines are {tuple(student_cosines.shape)}, teacher cosines {tuple(teacher_cosines.shape)}: "
-            "both must be (B, C) of the same batch and classes"
+            f"student cosines have shape {tuple(student_cosines.shape)}, teacher cosines "
+            f"{tuple(teacher_cosines.shape)}: both must be (B, C) for the same images and classes"
         )
-    student = F.log_softmax(
-        _at_least_float32(student_cosines) / student_temperature, dim=1
-    )  # (B, C)
-    teacher = F.log_softmax(
-        _at_least_float32(teacher_cosines).detach() / teacher_temperature, dim=1
-    )  # (B, C)
+    student_logits = _at_least_float32(student_cosines) / student_temperature
+    teacher_logits = _at_least_float32(teacher_cosines).detach() / teacher_temperature
+    student = F.log_softmax(student_logits, dim=1)  # (B, C)
+    teacher = F.log_softmax(teacher_logits, dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def relational_distillation_loss(student, teacher, *, scale=32.0):
-    """scale x mean, over all B x B pairs, of the squared difference of student and teacher cosine similarities.
+def relational_distillation_loss(
+    student: Tensor, teacher: Tensor, *, scale: float = 32.0
+) -> Tensor:
+    """scale x mean squared difference of the student's and the teacher's B x B cosine matrices.
 
-    student: (B, S), teacher: (B, T), any row norm (rows are normalised here).  Range [0, 2 x scale]; 0 with zero gradient
-    where the two similarity matrices agree; unchanged by a rotation of either embedding.  Gradient: to `student` only.
-    Raises ValueError for batches of different size.
-    Source: paper section 3; the official sum works out as scale 32 at its batch of 128.
+    student  (B, S) floating point; rows of any length, normalised here
+    teacher  (B, T) likewise
+    Range [0, 2 x scale]; 0 with zero gradient where the two matrices agree; invariant to a
+    rotation of either embedding. Gradient: to `student` only.
+    Raises ValueError if the batch sizes differ.
+    Source: paper section 3; the official sum equals scale 32 at its batch size of 128.
     """
-    if len(student) != len(teacher):
+    if student.shape[0] != teacher.shape[0]:
         raise ValueError(
-            f"there are {len(student)} student and {len(teacher)} teacher embeddings: they must be of the same images"
+            f"there are {student.shape[0]} student and {teacher.shape[0]} teacher embeddings: "
+            "both must be of the same images"
         )
     student = F.normalize(_at_least_float32(student), dim=1)
     teacher = F.normalize(_at_least_float32(teacher).detach(), dim=1)
     with torch.autocast(student.device.type, enabled=False):
         return scale * (student @ student.T - teacher @ teacher.T).square().mean()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _sine(cosines: Tensor) -> Tensor:
+    """sqrt(1 - cosines^2), but a constant 0 at -1 and 1, where the square root has no gradient."""
+    squared = (1 - cosines) * (1 + cosines)
+    positive = squared > 0
+    return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
+
+
+def _check_labels(labels: Tensor, cosines: Tensor) -> None:
+    if cosines.ndim != 2 or labels.shape != cosines.shape[:1]:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, cosines {tuple(cosines.shape)}: "
+            "labels must be (B,), one class index an image, and cosines (B, C)"
+        )
+    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels are {labels.dtype}: they must be integers, such as torch.int64")
+    if labels.device.type == "cpu" and labels.numel():
+        least, most = (value.item() for value in labels.long().aminmax())
+        if least < 0 or most >= cosines.shape[1]:
+            raise ValueError(
+                f"labels range from {least} to {most}: with {cosines.shape[1]} classes they must "
+                f"be in 0..{cosines.shape[1] - 1}"
+            )
