@@ -1,613 +1,383 @@
-"""UDON, Universal Dynamic Online distillatioN (NeurIPS 2024): one 64-d image embedding for many fine-grained domains.
+"""UDON, Universal Dynamic Online distillatioN (NeurIPS 2024): one embedding for many domains.
 
-    python udon.py train                                    # procedural domains: nothing to download
-    python udon.py train --data DIR --out runs/real         # your images: UnED layout, or <domain>/<class>/ folders
-    python udon.py train --out runs/real --resume           # goes on where it stopped
+    python udon.py train                                 # procedural domains: nothing to download
+    python udon.py train --data DIR --out runs/real      # your images: UnED layout or class folders
+    python udon.py train --out runs/real --resume        # continues an interrupted run
 
-A run ends with the test table: R@1 and mMP@5 on classes never trained on, beside the same network untrained.
+A run ends with a table of R@1 and mMP@5 on test classes, beside the backbone as pre-trained:
+`mean   ...   36.79   27.93   31.96   23.42`.
 
-    compute_losses(model, images, labels, domain)  -> Losses: the method, for one batch
-    training_step(...)                             -> one step of Figure 2
-    train(config)                                  -> writes config.json, metrics.jsonl, last.pt, best.pt, test.json to a folder
+    compute_losses(model, images, labels, domain)   the method for one batch -> Losses
+    training_step(run, batches)                     one step of Figure 2
+    train(config)                                   a whole run -> the contents of test.json
+
+B batch, D backbone width, S student width, T teacher width, C classes of the batch's domain.
 """
 
-import argparse
 import dataclasses
 import json
 import math
-import os
 import shlex
 import time
-import typing
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+import checkpoint
+import config as options
 import data
 import evaluate
 import pretrained
+from checkpoint import CheckpointError
+from config import Config, ConfigError
 from losses import classification_loss, logit_distillation_loss, relational_distillation_loss
-from model import ACTIVATIONS, SIZES
-from sampler import STRATEGIES, DomainSampler
+from model import SIZES, UDON
+from sampler import DomainSampler
 
-METHODS = {  # what is trained, and by which embedding, in which index, it is validated and tested
-    "udon": ("student", "merged"),  # student and the teachers of all domains, together
-    "usc": (
-        "student",
-        "merged",
-    ),  # a student with a classifier per domain; with one domain: a specialist
-    "ujc": (
-        "student",
-        "merged",
-    ),  # a student with one joint classifier, over the classes of all domains
-    "teachers": ("teacher", "separate"),  # the teachers of all domains, without a student
-    "distill": (
-        "student",
-        "merged",
-    ),  # a student with a backbone of its own, from frozen --teachers
-    "backbone": ("backbone", "merged"),  # nothing: the backbone as it is
-}
+# The method ---------------------------------------------------------------------------------------
 
 
-# Configuration: every field is an option of the command line ---------------------------------------------------------------
+class Losses(NamedTuple):
+    """Scalars; None for a loss that is not computed because its weight is 0."""
+
+    total: torch.Tensor
+    teacher_classification: torch.Tensor | None
+    student_classification: torch.Tensor | None
+    logit_distillation: torch.Tensor | None
+    relational_distillation: torch.Tensor | None
 
 
-def option(default, text, choices=None):
-    return field(default=default, metadata={"help": text, "choices": choices})
-
-
-@dataclass(frozen=True)
-class Config:
-    data: str | None = option(None, "data folder; none: the procedural domains")
-    out: str | None = option(None, "folder of the run; none: runs/<date>-<time>")
-    domains: tuple[str, ...] | None = option(
-        None, "train and test these domains alone; none: all of the folder"
-    )
-    method: str = option(
-        "udon",
-        "udon; baselines: usc, a student with a classifier per domain; ujc, with one joint classifier; "
-        "teachers, without a student; distill, a student from frozen --teachers; backbone, nothing trained",
-        tuple(METHODS),
-    )
-    teachers: str | None = option(
-        None,
-        "for distill: a checkpoint of teachers or udon, or a folder of specialists, usc runs of "
-        "one domain each, <folder>/<domain>/best.pt",
-    )
-    beside: str | None = option(
-        None,
-        "baseline to train after it in the same way, into <out>/<baseline>, and to print beside "
-        "it; none: usc for udon on the procedural domains",
-        ("usc", "ujc", "nothing"),
-    )
-    model: str = option("mini", "size of the ViT (paper: b16)", tuple(SIZES))
-    image_size: int | None = option(
-        None,
-        "pixels; none: the model's own, 48 for micro and mini, 224 for the others (paper: 224)",
-    )
-    init: str | None = option(
-        None,
-        "ViT weights to start from: a file (paper: AugReg or CLIP), the project's own micro or mini, "
-        "or scratch; none: the model's own if it has some, else scratch",
-    )
-    init_activation: str | None = option(
-        None,
-        "activation of those weights where the file cannot tell, such as gelu for "
-        "open_clip's LAION weights; none: the family's",
-        tuple(ACTIVATIONS),
-    )
-    student_dim: int = option(64, "width of the universal embedding (paper: 64)")
-    teacher_dim: int = option(256, "width of the teachers' embeddings (paper: 256)")
-    head_layers: int = option(
-        1, "linear layers of each head, LayerNorm and GELU between them (paper: 1)"
-    )
-
-    sampler: str | None = option(
-        None,
-        "which domain the next batch comes from; none: dynamic for udon (paper), round_robin for "
-        "udon with micro and mini and for the other methods",
-        STRATEGIES,
-    )
-    signal: str | None = option(
-        None,
-        "whose classification loss the dynamic sampler follows; none: the teacher's (paper), or "
-        "the student's where no teacher is trained",
-        ("teacher", "student"),
-    )
-    period: int = option(
-        100,
-        "steps between two updates of the dynamic sampler's weights (paper: 1000, of 221,180 steps)",
-    )
-    batch_size: int = option(64, "images a step, all of one domain (paper: 128)")
-    epochs: float = option(6.0, "passes over as many images as all domains have (paper: 10)")
-    steps: int | None = option(None, "training steps, in place of --epochs")
-
-    head_lr: float | None = option(
-        None,
-        "learning rate of heads and classifiers; none: 1e-3 from public weights (paper), 3e-3 "
-        "from micro and mini, 2e-3 from scratch",
-    )
-    backbone_lr: float | None = option(
-        None,
-        "learning rate of the backbone; none: 1e-5 from public weights (paper), 3e-4 from "
-        "micro and mini, 1e-3 from scratch",
-    )
-    frozen_epochs: float | None = option(
-        None,
-        "epochs at the start that leave the backbone alone; none: 2 with public weights "
-        "(paper), 1 with micro and mini, 0 from scratch",
-    )
-    schedule: str = option(
-        "constant", "course of both learning rates (paper: constant)", ("constant", "cosine")
-    )
-    warmup_steps: int = option(0, "steps over which both learning rates rise from 0 (paper: 0)")
-    weight_decay: float = option(1e-6, "decoupled, on all parameters (paper: 1e-6)")
-    inactive_heads: str = option(
-        "skip",
-        "heads of the domains that a batch is not of: left alone, or (official code) given zero "
-        "gradients, so that momentum and decay go on moving them",
-        ("skip", "zero"),
-    )
-
-    classification: str = option(
-        "normface",
-        "classification loss of students and teachers (paper: normface)",
-        ("normface", "cosface", "arcface"),
-    )
-    margin: float = option(0.0, "of cosface, in cosine units, or arcface, in radians")
-    scale: float = option(16.0, "of the cosines in the classification losses (official: 16)")
-    temperature: float = option(
-        0.1, "of logit distillation, the student's and the teacher's (official: 0.1)"
-    )
-    weights: tuple[float, float, float, float] = option(
-        (1.0, 1.0, 1.0, 1.0),
-        "of the losses: teacher classification, student "
-        "classification, logit and relational distillation (paper: all 1)",
-    )
-    relational_scale: float = option(
-        32.0, "of the relational distillation loss (official: 32 at batch 128)"
-    )
-    negatives: str | None = option(
-        None,
-        "classes that the student's classification tells apart: the domain's own (paper), or "
-        "those of all domains, as ujc does; none: all for udon and distill with micro and mini, "
-        "else domain",
-        ("domain", "all"),
-    )
-    domain_margin: float | None = option(
-        None,
-        "with the negatives of all domains: added to the cosines of other domains' "
-        "classes, so that domains keep apart; none: 0.2 for udon and distill, 0 for ujc",
-    )
-    distill_into_backbone: bool = option(
-        False, "let distillation train the backbone too, as the official code does (paper: no)"
-    )
-
-    min_area: float | None = option(
-        None,
-        "training crops of a random size and aspect, from this share of the image's area up; "
-        "none: crops of a fixed size, 7/8 of the side (paper)",
-    )
-    antialias: bool = option(True, "antialias when images are made smaller (official code: no)")
-    seed: int = option(0, "of weights, batches and sampler")
-    val_every: int | None = option(None, "steps between validations; none: an epoch")
-    save_every: int = option(
-        200,
-        "steps between checkpoints, beside those at validations: what a killed run repeats at most",
-    )
-    workers: int | None = option(
-        None,
-        "processes that load images; none: 0 if the images fit in memory, else one a processor, "
-        "at most 8",
-    )
-    device: str | None = option(None, "cpu, cuda, cuda:1 ...; none: cuda where there is one")
-
-    def __post_init__(self):
-        """Raises data.InputError for a value outside its range."""
-        for name, least in dict(
-            image_size=1,
-            student_dim=1,
-            teacher_dim=1,
-            head_layers=1,
-            period=1,
-            batch_size=1,
-            steps=1,
-            head_lr=0,
-            backbone_lr=0,
-            frozen_epochs=0,
-            warmup_steps=0,
-            weight_decay=0,
-            relational_scale=0,
-            domain_margin=0,
-            seed=0,
-            val_every=1,
-            save_every=1,
-            workers=0,
-        ).items():
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= least):
-                raise data.InputError(
-                    f"{flag(name)} is {value}: it must be a finite number, {least} or more"
-                )
-        if self.min_area is not None and not 0 < self.min_area <= 1:
-            raise data.InputError(
-                f"--min-area is {self.min_area}: it must be above 0, and 1 or less"
-            )
-        if self.seed >= 2**63:
-            raise data.InputError(f"--seed is {self.seed}: it must be below 2^63")
-        for name in ("epochs", "scale", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise data.InputError(
-                    f"{flag(name)} is {getattr(self, name)}: it must be a finite number above 0"
-                )
-        if min(self.weights) < 0 or not 0 < sum(self.weights) < math.inf:
-            raise data.InputError(
-                f"--weights are {self.weights}: they must be 0 or more, and not all 0"
-            )
-        if (self.negatives, self.method) in (("domain", "ujc"), ("all", "usc")):
-            raise data.InputError(
-                f"--negatives is {self.negatives} with --method {self.method}: usc has those of the domain, ujc "
-                "those of all domains; leave it out, or use the other method"
-            )
-        if self.domain_margin and self.negatives == "domain":
-            raise data.InputError(
-                f"--domain-margin is {self.domain_margin} with --negatives domain: there are no other domains' "
-                "classes, use --negatives all"
-            )
-        if (self.method == "distill") != (self.teachers is not None):
-            raise data.InputError(
-                f"--teachers is {self.teachers} with --method {self.method}: distill needs teachers, a "
-                "checkpoint or a folder of specialists, and no other method takes them"
-            )
-        if self.method == "distill" and not sum(self.weights[1:]):
-            raise data.InputError(
-                f"--weights are {self.weights} with --method distill, which has no use for the first: one of the "
-                "others must be above 0"
-            )
-        if self.signal == "teacher" and self.method not in ("udon", "teachers"):
-            raise data.InputError(
-                f"--signal is teacher with --method {self.method}: only udon and teachers train a teacher, use "
-                "student"
-            )
-        if self.signal == "student" and self.method == "teachers":
-            raise data.InputError(
-                "--signal is student with --method teachers: there is no student, use teacher"
-            )
-        if (self.margin != 0) == (self.classification == "normface") or not math.isfinite(
-            self.margin
-        ):
-            raise data.InputError(
-                f"--margin is {self.margin} with --classification {self.classification}: normface takes none, "
-                "cosface and arcface need one, such as 0.2"
-            )
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-# The method ----------------------------------------------------------------------------------------------------------------
-
-
-class Losses(typing.NamedTuple):
-    total: torch.Tensor  # scalars; None for what a single-model baseline does not have
-    teacher_classification: torch.Tensor
-    student_classification: torch.Tensor
-    logit_distillation: torch.Tensor
-    relational_distillation: torch.Tensor
-
-
-# Who receives gradient from which loss (paper section 3). All columns are of the batch's own domain; other domains' heads and
-# classifiers receive none (but for their student classifiers from student_classification, with the negatives of all domains).
+# Which loss trains what (paper section 3). All columns belong to the batch's domain. Heads and
+# classifiers of other domains receive no gradient, except their student classifiers from
+# student_classification where the negatives are those of all domains.
 #
-#                               backbone   student_head   student_classifier   teacher_head   teacher_classifier
-#   teacher_classification         x                                                x                 x
-#   student_classification         x            x                 x
-#   logit_distillation            (x)           x                 x
-#   relational_distillation       (x)           x
+#                             backbone  student   student     teacher  teacher
+#                                       head      classifier  head     classifier
+#   teacher_classification       x                               x         x
+#   student_classification       x         x          x
+#   logit_distillation          (x)        x          x
+#   relational_distillation     (x)        x
 #
-#   (x): with distill_into_backbone alone, the official code's rule.
+#   (x): only with distill_into_backbone, the official code's rule.
 
 
 def compute_losses(
-    model,
-    images,
-    labels,
-    domain,
+    model: UDON,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    domain: str,
     *,
-    weights=(1, 1, 1, 1),
-    relational_scale=32.0,
-    distill_into_backbone=False,
-    classification="normface",
-    margin=0.0,
-    scale=16.0,
-    temperature=0.1,
-    negatives="domain",
-    domain_margin=0.0,
-    teachers=None,
-):
-    """The four losses of one batch, images (B, 3, H, W) and labels (B,) in 0..C-1, all of `domain`; -> Losses.
+    weights: tuple[float, float, float, float] = (1, 1, 1, 1),
+    relational_scale: float = 32.0,
+    distill_into_backbone: bool = False,
+    classification: str = "normface",
+    margin: float = 0.0,
+    scale: float = 16.0,
+    temperature: float = 0.1,
+    negatives: str = "domain",
+    domain_margin: float = 0.0,
+    teachers: Callable | None = None,
+) -> Losses:
+    """The losses of images (B, 3, H, W) and labels (B,) in 0..C-1, all of one domain.
 
-    total = the mean of the four, weighted by `weights` in their order; scale, temperature: see losses.py. Source: paper section 3.
-    negatives  "domain": the student's classification loss is over the domain's C classes, as published; "all": over those of
-               all domains, domain_margin added to the others' cosines: the student keeps the domains apart, as a merged
-               index needs
-    teachers   (images, domain) -> embedding (B, T), cosines (B, C): others than the model's own to distil from. A model
-               without teachers of its own has no teacher classification loss; the mean is then of three.
+    weights    of teacher and student classification, logit and relational distillation; total is
+               the weighted mean; a loss of weight 0 is not computed
+    negatives  "domain": the student's classification loss is over the domain's C classes, as
+               published; "all": over those of all domains, with domain_margin added to the cosines
+               of the others, so that the student separates the domains
+    teachers   (images, domain) -> embedding (B, T), cosines (B, C): frozen teachers to distil from
+               instead of the model's own
+    The other arguments: see losses.py. Raises ValueError for weights that are not four, are all 0,
+    or need a teacher that the model does not have. Source: paper section 3.
     """
-    if len(weights) != 4:
-        raise ValueError(f"weights are {weights}: give four, one for each loss")
+    if len(weights) != 4 or not sum(weights) > 0:
+        raise ValueError(f"weights are {weights}: give four, one for each loss, not all 0")
     outputs = model(images, domain)  # backbone once, both heads, both classifiers
-    teacher, teacher_cosines = (
-        (outputs.teacher, outputs.teacher_cosines) if teachers is None else teachers(images, domain)
-    )
-    distilled, distilled_cosines = outputs.student, outputs.student_cosines
-    if not distill_into_backbone:  # the same values, cut off from the backbone
-        distilled = model.student_head(outputs.backbone.detach())
-        distilled_cosines = model.student_classifiers[domain](distilled)
+    teacher, teacher_cosines = outputs.teacher, outputs.teacher_cosines
+    if teachers is not None:
+        teacher, teacher_cosines = teachers(images, domain)
+    distills = weights[2] > 0 or weights[3] > 0
+    if (weights[0] > 0 and outputs.teacher is None) or (distills and teacher is None):
+        raise ValueError(f"weights are {weights}, but the model has no teachers: use (0, 1, 0, 0)")
+    student, student_cosines = outputs.student, outputs.student_cosines
+    if distills and not distill_into_backbone:  # the same values, detached from the backbone
+        student = model.student_head(outputs.backbone.detach())
+        student_cosines = model.student_classifiers[domain](student)
+
     settings = dict(scale=scale, margin=margin, kind=classification)
-    losses = (
-        teacher_classification(outputs, labels, **settings),
-        student_classification(
-            model, outputs, labels, domain, negatives, domain_margin, **settings
-        ),
-        logit_distillation_loss(
-            distilled_cosines,
-            teacher_cosines,  # detaches the teacher
+    losses = [None] * 4
+    if weights[0] > 0:
+        losses[0] = classification_loss(outputs.teacher_cosines, labels, **settings)
+    if weights[1] > 0:
+        cosines = student_logit_cosines(model, outputs, domain, negatives, domain_margin)
+        losses[1] = classification_loss(cosines, labels, **settings)
+    if weights[2] > 0:  # this loss and the next detach the teacher
+        losses[2] = logit_distillation_loss(
+            student_cosines,
+            teacher_cosines,
             student_temperature=temperature,
             teacher_temperature=temperature,
-        ),
-        relational_distillation_loss(distilled, teacher, scale=relational_scale),
-    )
-    terms = [(weight, loss) for weight, loss in zip(weights, losses) if loss is not None]
-    return Losses(
-        sum(weight * loss for weight, loss in terms) / sum(weight for weight, _ in terms), *losses
-    )
+        )
+    if weights[3] > 0:
+        losses[3] = relational_distillation_loss(student, teacher, scale=relational_scale)
+    total = sum(weight * loss for weight, loss in zip(weights, losses) if weight > 0)
+    return Losses(total / sum(weights), *losses)
 
 
-def teacher_classification(outputs, labels, **settings):
-    return (
-        None
-        if outputs.teacher is None
-        else classification_loss(outputs.teacher_cosines, labels, **settings)
-    )
+def student_logit_cosines(model, outputs, domain, negatives, domain_margin):
+    """(B, C) cosines of the student with the domain's classes, or (B, all classes): the domain's
+    own first, then those of the other domains, raised by the margin."""
+    if negatives == "domain":
+        return outputs.student_cosines
+    others = [
+        classifier(outputs.student) + domain_margin
+        for other, classifier in model.student_classifiers.items()
+        if other != domain
+    ]
+    return torch.cat([outputs.student_cosines, *others], dim=1)
 
 
-def student_classification(
-    model, outputs, labels, domain, negatives="domain", domain_margin=0.0, **settings
-):
-    cosines = outputs.student_cosines  # (B, C)
-    if negatives == "all":  # the domain's classes first, then those of all the others
-        others = [
-            classifier(outputs.student)
-            for other, classifier in model.student_classifiers.items()
-            if other != domain
-        ]
-        cosines = torch.cat([cosines, *(cosine + domain_margin for cosine in others)], dim=1)
-    return classification_loss(cosines, labels, **settings)
+def training_step(run: "Run", batches: Iterator) -> tuple[str, Losses, float]:
+    """One step of Figure 2 -> domain, Losses as numbers, seconds spent waiting for the batch."""
+    config, model, optimizer = run.config, run.model, run.optimizer
 
-
-def single_model_losses(
-    model,
-    images,
-    labels,
-    domain,
-    *,
-    classification="normface",
-    margin=0.0,
-    scale=16.0,
-    negatives="domain",
-    domain_margin=0.0,
-):
-    """The one loss of a baseline, no distillation: of the teachers where the model has some; else of the student, over the
-    domain's classes (usc) or those of all domains (ujc); -> Losses."""
-    outputs, settings = model(images, domain), dict(scale=scale, margin=margin, kind=classification)
-    if outputs.teacher is not None:
-        loss = teacher_classification(outputs, labels, **settings)
-        return Losses(loss, loss, None, None, None)
-    loss = student_classification(
-        model, outputs, labels, domain, negatives, domain_margin, **settings
-    )
-    return Losses(loss, None, loss, None, None)
-
-
-def training_step(step, model, batches, sampler, optimizer, config, run):
-    """One step of Figure 2. Returns (domain, Losses as numbers, seconds spent waiting for the batch)."""
-    # 1  The sampler says which domain; its batch is of that domain alone.
+    # 1. The sampler chooses the domain; all images of the batch belong to it.
     started = time.perf_counter()
     domain, images, labels = next(batches)
     waited = time.perf_counter() - started
 
-    # 2  Images (B, 3, H, W) to the device, normalised as the backbone's weights want them.
-    images = data.normalise(images.to(run.device, non_blocking=True), run.mean, run.std)
+    # 2. Images (B, 3, H, W) uint8 to the device, normalised with the statistics of the backbone.
+    mean, std = run.preprocessing["mean"], run.preprocessing["std"]
+    images = data.normalise(images.to(run.device, non_blocking=True), mean, std)
     labels = labels.to(run.device, non_blocking=True)
 
-    # 3  Learning rates of this step; a frozen backbone takes no gradient.
-    for group, rate in zip(optimizer.param_groups, learning_rates(config, step, run)):
+    # 3. The learning rates of this step; a frozen backbone needs no gradient.
+    for group, rate in zip(optimizer.param_groups, learning_rates(run)):
         group["lr"] = rate
-    model.backbone.requires_grad_(step >= run.frozen_steps)
+    model.backbone.requires_grad_(run.step >= run.frozen_steps)
 
-    # 4  Backbone once -> student and the domain's teacher -> cosines with the domain's classifiers -> four losses.
-    settings = {
-        name: getattr(config, name)
-        for name in ("classification", "margin", "scale", "negatives", "domain_margin")
-    }
-    if config.method in ("udon", "distill"):
-        losses = compute_losses(
-            model,
-            images,
-            labels,
-            domain,
-            weights=config.weights,
-            relational_scale=config.relational_scale,
-            distill_into_backbone=config.distill_into_backbone,
-            temperature=config.temperature,
-            teachers=run.teachers,
-            **settings,
-        )
-    else:
-        losses = single_model_losses(model, images, labels, domain, **settings)
+    # 4. Backbone -> student and teacher -> cosines with the domain's classifiers -> losses.
+    settings = {name: getattr(config, name) for name in LOSS_OPTIONS}
+    losses = compute_losses(model, images, labels, domain, teachers=run.teachers, **settings)
 
-    # 5  A loss that is not finite stops the run before it reaches the weights.
-    values = Losses(*(None if loss is None else loss.item() for loss in losses))
-    for term, value in values._asdict().items():
-        if value is not None and not math.isfinite(value):
-            raise data.InputError(
-                f"loss {term} is {value} at step {step}, domain {domain}: lower {flag('backbone_lr')} or "
-                f"{flag('head_lr')}, and look at the domain's images"
-            )
-
-    # 6  One backward pass; the table above says where each loss goes.
+    # 5. One backward pass; the table above shows which loss trains what.
     optimizer.zero_grad(set_to_none=True)
     losses.total.backward()
 
-    # 7  AdamW. Without a gradient a head stays as it is; with a zero gradient its momentum goes on moving it.
+    # 6. A loss or gradient that is not finite stops the run before it reaches the weights.
+    values = finite_values(run, domain, losses)
+
+    # 7. AdamW. A head without gradient is skipped; with a zero gradient its momentum moves it.
     if config.inactive_heads == "zero":
         for parameter in optimizer.param_groups[1]["params"]:
-            parameter.grad = (
-                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            )
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
+    run.step += 1
 
-    # 8  The sampler hears how hard the domain still is for its teacher (or student: where there is no other).
-    sampler.observe(domain, getattr(values, f"{config.signal}_classification"))
+    # 8. The sampler observes how hard the domain still is.
+    signal = getattr(values, f"{config.signal}_classification")
+    if signal is not None:
+        run.sampler.observe(domain, signal)
     return domain, values, waited
 
 
-# The run -------------------------------------------------------------------------------------------------------------------
+LOSS_OPTIONS = (
+    *("weights", "relational_scale", "distill_into_backbone", "classification", "margin"),
+    *("scale", "temperature", "negatives", "domain_margin"),
+)
 
 
-class Run(typing.NamedTuple):
-    """What follows from configuration and data, and stays for the whole run."""
+def finite_values(run, domain, losses) -> Losses:
+    """The losses as numbers, read from the device at once. Raises InputError if one of them or the
+    norm of the gradient is not finite."""
+    terms = [name for name, loss in losses._asdict().items() if loss is not None]
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    numbers = torch.stack([getattr(losses, name).detach().float() for name in terms] + [norm])
+    for name, value in zip([*terms, "gradient norm"], numbers.tolist()):
+        if not math.isfinite(value):
+            raise data.InputError(
+                f"{name} is {value} at step {run.step}, domain {domain}: lower --backbone-lr or "
+                "--head-lr, and check the images of the domain"
+            )
+    return Losses(**dict.fromkeys(Losses._fields) | dict(zip(terms, numbers.tolist())))
 
-    steps: int
-    steps_per_epoch: int  # as in the paper: training images of all domains // batch size
-    frozen_steps: int
-    preprocessing: dict  # {"mean": (3), "std": (3), "antialias": bool}, goes into every checkpoint
+
+# The run ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A training run: what it was started with, and the state that each step changes."""
+
+    config: Config
+    model: UDON
+    architecture: dict  # arguments of checkpoint.build
+    preprocessing: dict  # {"mean": (3), "std": (3), "antialias": bool}
+    optimizer: torch.optim.Optimizer
+    sampler: DomainSampler
     device: str
-    teachers: typing.Callable | None = None  # the frozen ones of `distill`
-
-    @classmethod
-    def of(cls, config, splits, preprocessing, teachers=None):
-        steps_per_epoch = max(1, sum(map(len, splits.values())) // config.batch_size)
-        steps = (
-            0
-            if config.method == "backbone"
-            else config.steps or max(1, int(config.epochs * steps_per_epoch))
-        )
-        return cls(
-            steps,
-            steps_per_epoch,
-            int(config.frozen_epochs * steps_per_epoch),
-            preprocessing,
-            config.device,
-            teachers,
-        )
+    steps_per_epoch: int  # as in the paper: training images of all domains // batch size
+    teachers: Callable | None = None  # frozen ones, for the method `distill`
+    step: int = 0  # steps done
+    validated: int | None = None  # step of the last validation
+    best: dict = field(default_factory=lambda: {"step": 0, "recall_at_1": -1.0})
+    backbone: dict | None = None  # test results of the backbone as pre-trained
 
     @property
-    def mean(self):
-        return self.preprocessing["mean"]
+    def steps(self) -> int:
+        """Length of the run; 0 if nothing is trained."""
+        epochs = self.config.epochs
+        return self.config.steps or (epochs and max(1, int(epochs * self.steps_per_epoch)))
 
     @property
-    def std(self):
-        return self.preprocessing["std"]
+    def frozen_steps(self) -> int:
+        return int(self.config.frozen_epochs * self.steps_per_epoch)
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+    def contents(self) -> dict:
+        """What best.pt holds."""
+        return {
+            "model": self.model.state_dict(),
+            "architecture": self.architecture,
+            "preprocessing": self.preprocessing,
+            "step": self.step,
+            "embedding": self.config.embedding,
+            "index": self.config.index,
+            "config": dataclasses.asdict(self.config),
+        }
+
+    def save(self) -> None:
+        """Writes last.pt, from which the run can be resumed. Raises InputError, and keeps the
+        previous last.pt, if a weight is not finite."""
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise data.InputError(
+                    f"parameter {name} is not finite after step {self.step}: lower --backbone-lr "
+                    "or --head-lr; last.pt is the last good checkpoint"
+                )
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "best": self.best,
+            "validated": self.validated,
+            "backbone": self.backbone,
+        }
+        checkpoint.save(self.out / "last.pt", self.contents() | state)
+
+    def restore(self, state: dict) -> None:
+        """Continues from the contents of last.pt."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sampler.load_state_dict(state["sampler"])
+        self.step, self.validated = state["step"], state["validated"]
+        self.best, self.backbone = state["best"], state["backbone"]
+        if self.step > self.steps:
+            raise ConfigError(
+                f"--steps is {self.steps}, but the run {self.out} has done {self.step}: give that "
+                "or more"
+            )
 
 
-def learning_rates(config, step, run):
-    """(backbone, heads) at a step: 0..steps-1; a function of the step alone."""
+def learning_rates(run: Run) -> tuple[float, float]:
+    """(backbone, heads) of the next step, a function of its number alone."""
+    config, step = run.config, run.step
     factor = min(1.0, (step + 1) / (config.warmup_steps + 1))
     if config.schedule == "cosine":
         factor *= 0.5 * (1 + math.cos(math.pi * step / run.steps))
-    return (
-        0.0 if step < run.frozen_steps else factor * config.backbone_lr
-    ), factor * config.head_lr
+    return 0.0 if step < run.frozen_steps else factor * config.backbone_lr, factor * config.head_lr
 
 
-def build_model(config, counts):
-    """The untrained model for {domain: number of classes}, a function of the configuration; -> (model, architecture,
-    preprocessing), the last two as they go into every checkpoint."""
-    backbone = dict(SIZES[config.model])
-    if config.image_size is not None:
-        backbone["image_size"] = config.image_size
+def build_model(config: Config, classes: dict[str, int]) -> tuple[UDON, dict, dict]:
+    """The initial model for {domain: number of classes}, a function of the configuration
+    -> model, architecture, preprocessing; the last two are part of every checkpoint."""
     architecture = {
-        "backbone": backbone,
-        "classes": counts,
+        "backbone": {**SIZES[config.model], "image_size": config.image_size},
+        "classes": classes,
         "student_dim": config.student_dim,
-        "teacher_dim": config.teacher_dim if trains_teachers(config) else 0,
+        "teacher_dim": config.teacher_dim if config.trains_teachers else 0,
         "head_layers": config.head_layers,
     }
+    preprocessing = pretrained.HALF
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         torch.manual_seed(config.seed)
         try:
-            model = evaluate.build(architecture)
-            preprocessing = pretrained.HALF
-            if config.init != "scratch":
-                preprocessing = pretrained.load(
-                    model.backbone,
-                    pretrained.COMPACT.get(config.init, config.init),
-                    activation=config.init_activation,
-                )
+            model = checkpoint.build(architecture)
         except ValueError as error:
-            raise data.InputError(str(error)) from None
+            raise ConfigError(str(error)) from None
+        if config.init != "scratch":
+            preprocessing = pretrained.load(
+                model.backbone, initial_weights(config), activation=config.init_activation
+            )
     for note in notes:
         print(f"note: {note.message}")
-    architecture["backbone"] = model.backbone.architecture  # with what the weights' family fixed
+    architecture["backbone"] = model.backbone.architecture  # with what the weights' family sets
     return model, architecture, {**preprocessing._asdict(), "antialias": config.antialias}
 
 
-def trains_teachers(config):
-    return config.method in ("udon", "teachers")
+def initial_weights(config) -> str | Path:
+    """The file that --init names."""
+    if config.init != "compact":
+        return config.init
+    if config.model not in pretrained.COMPACT:
+        raise ConfigError(
+            f"--init is compact with --model {config.model}: compact weights exist for "
+            f"{' and '.join(pretrained.COMPACT)}; give a file of public weights, or scratch"
+        )
+    return pretrained.COMPACT[config.model]
 
 
 class FrozenTeachers:
-    """The teachers of `distill`: (images (B, 3, H, W), domain) -> embedding (B, T) unit rows, cosines (B, C), no gradient.
+    """Trained models as teachers: (images (B, 3, H, W), domain) -> embedding (B, T), unit rows, and
+    cosines (B, C), without gradient.
 
-    path   a checkpoint with a teacher for each domain, or a folder of runs <domain>/best.pt, each of one domain's specialist
-    Raises data.InputError for teachers of other classes, or that want other images than the student.
+    models  {domain: model.UDON}: its teacher of the domain, or its student where it has none
     """
 
-    def __init__(self, path, counts, size, preprocessing, device):
-        self.models = {}
-        if not Path(path).is_dir():
-            self.models = dict.fromkeys(counts, evaluate.load_checkpoint(path, device))
-        else:
-            self.models = {
-                d: evaluate.load_checkpoint(Path(path, d, "best.pt"), device) for d in counts
-            }
-        for domain, (model, checkpoint) in self.models.items():
-            classes = checkpoint["architecture"]["classes"].get(domain)
-            if classes != counts[domain]:
-                raise data.InputError(
-                    f"--teachers {path} know {classes or 'no'} classes of domain {domain}, which has "
-                    f"{counts[domain]}: give teachers trained on the same data"
-                )
-            if (
-                checkpoint["architecture"]["backbone"]["image_size"],
-                checkpoint["preprocessing"],
-            ) != (size, preprocessing):
-                raise data.InputError(
-                    f"--teachers {path} take images of other size or statistics than the student, {size} pixels "
-                    f"and {preprocessing}: train them with the same --image-size and --init"
-                )
-        self.models = {domain: model for domain, (model, _) in self.models.items()}
+    def __init__(self, models: dict[str, UDON]):
+        self.models = models
 
     @torch.no_grad()
-    def __call__(self, images, domain):
-        model = self.models[domain]
-        outputs = model(images, domain)
-        if model.teacher_heads:
-            return outputs.teacher, outputs.teacher_cosines
-        return (
-            outputs.student,
-            outputs.student_cosines,
-        )  # a specialist: its student is the domain's teacher
+    def __call__(self, images: torch.Tensor, domain: str) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs = self.models[domain](images, domain)
+        if outputs.teacher is None:
+            return outputs.student, outputs.student_cosines
+        return outputs.teacher, outputs.teacher_cosines
 
 
-def build_optimizer(model, config):
-    """AdamW with two groups: backbone, and heads and classifiers. Every parameter is in exactly one."""
+def load_teachers(config, classes, image_size, preprocessing, device) -> FrozenTeachers:
+    """The teachers of --teachers. Raises ConfigError for teachers of other classes or images."""
+    path, models = Path(config.teachers), {}
+    shared = None if path.is_dir() else checkpoint.load(path, device)
+    for domain, count in classes.items():
+        model, contents = shared or checkpoint.load(path / domain / "best.pt", device)
+        known = contents["architecture"]["classes"].get(domain)
+        if known != count:
+            raise ConfigError(
+                f"--teachers {path} know {known or 'no'} classes of domain {domain}, which has "
+                f"{count}: give teachers trained on the same data"
+            )
+        size = contents["architecture"]["backbone"]["image_size"]
+        if (size, contents["preprocessing"]) != (image_size, preprocessing):
+            raise ConfigError(
+                f"--teachers {path} take {size} pixels and {contents['preprocessing']}, the "
+                f"student {image_size} and {preprocessing}: train them with the same --image-size, "
+                "--init and --antialias"
+            )
+        models[domain] = model
+    return FrozenTeachers(models)
+
+
+def build_optimizer(model: UDON, config: Config) -> torch.optim.AdamW:
+    """AdamW with two groups, the backbone and the heads; every parameter is in exactly one."""
     backbone = list(model.backbone.parameters())
     heads = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
     assert len(backbone) + len(heads) == len(set(model.parameters()))
@@ -621,62 +391,61 @@ def build_optimizer(model, config):
     )
 
 
-def save(path, contents):
-    """A checkpoint, all of it or nothing, whatever kills the process meanwhile."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def train(config, resume=False):
-    """Trains to the end, writes the run folder config.out, and prints the test table. Returns the contents of test.json.
-
-    With `resume` the run goes on from its last.pt; the weights it ends with are those of an uninterrupted run, bit for bit
-    (on a CPU with the same number of threads). Raises data.InputError for whatever the user can mend.
-    """
-    config = resolve(config)
-    out = Path(config.out)
-    benchmark = data.Benchmark(config.data, config.domains)
-    embedding, index = METHODS[config.method]
-    splits = {domain: benchmark.split(domain, "train") for domain in benchmark.domains}
-    counts = {domain: split.num_classes for domain, split in splits.items()}
-    if resume:
-        model, state = evaluate.load_checkpoint(out / "last.pt", config.device)
-        if "optimizer" not in state:
-            raise data.InputError(
-                f"{out / 'last.pt'} is a best.pt, which holds no optimizer: give the run's own last.pt"
-            )
-        architecture, preprocessing = state["architecture"], state["preprocessing"]
-        if state["classes"] != counts:
-            raise data.InputError(
-                f"--data {config.data} has the classes {counts}, the run {out} was started with "
-                f"{state['classes']}: give it the data it was started with"
-            )
+def build_run(config: Config, splits: dict[str, data.Split], state=None) -> Run:
+    """The run of a configuration; with `state`, (model, contents) of last.pt, where that stands."""
+    device = evaluate.find_device(config.device)
+    classes = {domain: split.num_classes for domain, split in splits.items()}
+    if state is None:
+        model, architecture, preprocessing = build_model(config, classes)
     else:
-        model, architecture, preprocessing = build_model(config, counts)
-        model.to(config.device)
-    optimizer = build_optimizer(model, config)
+        model, contents = state
+        architecture, preprocessing = contents["architecture"], contents["preprocessing"]
+        if architecture["classes"] != classes:
+            raise ConfigError(
+                f"--data {config.data} has the classes {classes}, the run {config.out} was started "
+                f"with {architecture['classes']}: give it the data that it was started with"
+            )
+    model.to(device)
+    sizes = {domain: len(split) for domain, split in splits.items()}
     try:
         sampler = DomainSampler(
-            splits,
-            config.sampler,
-            period=config.period,
-            sizes={d: len(s) for d, s in splits.items()},
-            seed=config.seed,
+            splits, config.sampler, period=config.period, sizes=sizes, seed=config.seed
         )
     except ValueError as error:
-        raise data.InputError(str(error)) from None
-    size = architecture["backbone"]["image_size"]
+        raise ConfigError(str(error)) from None
     teachers = None
-    if config.method == "distill":
-        teachers = FrozenTeachers(config.teachers, counts, size, preprocessing, config.device)
-    run = Run.of(config, splits, preprocessing, teachers)
-    describe(config, run, counts, splits, model)
+    if config.teachers is not None:
+        size = architecture["backbone"]["image_size"]
+        teachers = load_teachers(config, classes, size, preprocessing, device)
+    optimizer = build_optimizer(model, config)
+    steps_per_epoch = max(1, sum(sizes.values()) // config.batch_size)
+    run = Run(
+        *(config, model, architecture, preprocessing, optimizer, sampler, device),
+        *(steps_per_epoch, teachers),
+    )
+    if state is not None:
+        run.restore(contents)
+    return run
+
+
+def train(config: Config, resume: bool = False) -> dict:
+    """Trains to the end, writes the directory of the run, prints the test table.
+
+    Returns the contents of test.json. With `resume`, continues from last.pt in config.out; the
+    final weights equal those of an uninterrupted run bit for bit (on a CPU with the same number of
+    threads). Raises ConfigError, data.InputError, CheckpointError or pretrained.WeightsError for
+    input that cannot be used.
+    """
+    config = dataclasses.replace(config, out=config.out or checkpoint.new_directory())
+    out = Path(config.out)
+    checkpoint.check_directory(out, resume)
+    benchmark = data.Benchmark(config.data, config.domains)
+    splits = {domain: benchmark.split(domain, "train") for domain in benchmark.domains}
+    run = build_run(config, splits, checkpoint.load_last(out) if resume else None)
+    describe(run, splits)
 
     started = time.perf_counter()
+    size = run.architecture["backbone"]["image_size"]
     test_sets = evaluate.open_sets(benchmark, "test", size, antialias=config.antialias)
     val_sets = evaluate.open_sets(benchmark, "val", size, antialias=config.antialias, keep=True)
     batches = data.TrainBatches(
@@ -687,428 +456,234 @@ def train(config, resume=False):
         antialias=config.antialias,
         min_area=config.min_area,
     )
-    workers = (
-        config.workers
-        if config.workers is not None
-        else 0
-        if batches.in_memory
-        else min(data.processors(), 8)
-    )
-    print(
-        f"training images decoded {'into memory' if batches.in_memory else 'as needed'}, {workers} workers; ready after "
-        f"{time.perf_counter() - started:.1f} s"
-    )
-
+    decoded = "in memory" if batches.in_memory else f"as needed by {config.workers} processes"
+    print(f"training images decoded {decoded}; ready in {time.perf_counter() - started:.1f} s")
     if resume:
-        optimizer.load_state_dict(state["optimizer"])
-        sampler.load_state_dict(state["sampler"])
-        step, validated, best, untrained = (
-            state["step"],
-            state["validated"],
-            state["best"],
-            state["untrained"],
-        )
-        if step > run.steps:
-            raise data.InputError(
-                f"--steps is {run.steps}: the run {out} has done {step} already, give that or more"
-            )
-        print(f"resumed at step {step:,} of {run.steps:,}")
+        print(f"resumed at step {run.step:,} of {run.steps:,}")
     else:
-        untrained = evaluate.evaluate(
-            model, test_sets, preprocessing, index=index, embedding=embedding
-        )
-        step, validated, best = 0, None, {"step": 0, "recall_at_1": -1.0}
-        print(f"untrained: mean R@1 {100 * untrained['mean']['recall_at_1']:.2f} on test")
-
-    def checkpoint():
-        return {
-            "model": model.state_dict(),
-            "architecture": architecture,
-            "preprocessing": preprocessing,
-            "step": step,
-            "embedding": embedding,
-            "config": dataclasses.asdict(config),
-        }
-
-    def save_last():
-        save(
-            out / "last.pt",
-            {
-                **checkpoint(),
-                "optimizer": optimizer.state_dict(),
-                "sampler": sampler.state_dict(),
-                "best": best,
-                "validated": validated,
-                "classes": counts,
-                "untrained": untrained,
-            },
-        )
-
+        run.backbone = test(run, test_sets, "backbone")
+        mean = 100 * run.backbone["mean"]["recall_at_1"]
+        print(f"backbone as pre-trained: mean R@1 {mean:.2f} on test")
     out.mkdir(parents=True, exist_ok=True)
-    evaluate.write_json(out / "config.json", dataclasses.asdict(config))
-    keep_metrics_until(step, out / "metrics.jsonl")
-    save_last()
+    checkpoint.write_json(out / "config.json", dataclasses.asdict(config))
+    checkpoint.truncate_metrics(out / "metrics.jsonl", run.step)
+    run.save()
+    fit(run, batches, val_sets)
+    return finish(run, test_sets)
 
-    first, started, waited = step, time.perf_counter(), 0.0
-    paused, said = 0.0, started  # paused: seconds of validation and checkpoints
-    with open(out / "metrics.jsonl", "a", encoding="utf-8", buffering=1) as metrics:
 
-        def validate():
-            """Mean R@1 of the merged val index; the best so far goes to best.pt."""
-            nonlocal best, validated
-            results = evaluate.evaluate(
-                model, val_sets, preprocessing, index=index, embedding=embedding
-            )["mean"]
-            model.train()
-            validated, better = step, results["recall_at_1"] > best["recall_at_1"]
-            if better:
-                best = {"step": step, "recall_at_1": results["recall_at_1"]}
-                save(out / "best.pt", checkpoint())
-            metrics.write(
-                json.dumps({"step": step, "val": results, "sampler_weights": sampler.weights})
-                + "\n"
-            )
-            print(
-                f"step {step:,} validation: mean R@1 {100 * results['recall_at_1']:.2f}, mMP@5 {100 * results['mmp_at_5']:.2f}"
-                f"{' (best so far)' if better else ''}",
-                flush=True,
-            )
-
-        model.train()
-        stream = data.stream(batches, sampler, step, run.steps, workers)
-        while step < run.steps:
-            begun = time.perf_counter(), time.process_time()
-            domain, losses, seconds = training_step(
-                step, model, stream, sampler, optimizer, config, run
-            )
+def fit(run: Run, batches: data.TrainBatches, val_sets: dict) -> None:
+    """Trains from run.step to the end; writes metrics.jsonl, last.pt and best.pt."""
+    config = run.config
+    workers = 0 if batches.in_memory else config.workers
+    val_every = config.val_every or run.steps_per_epoch
+    stream = data.stream(batches, run.sampler, run.step, run.steps, workers)
+    progress = Progress(run)
+    run.model.train()
+    with open(run.out / "metrics.jsonl", "a", encoding="utf-8", buffering=1) as metrics:
+        while run.step < run.steps:
+            started, cpu_started = time.perf_counter(), time.process_time()
+            rates = dict(zip(("backbone_lr", "head_lr"), learning_rates(run)))
+            domain, losses, waited = training_step(run, stream)
             spent = {
-                "seconds": time.perf_counter() - begun[0],
-                "cpu_seconds": time.process_time() - begun[1],
+                "seconds": time.perf_counter() - started,
+                "cpu_seconds": time.process_time() - cpu_started,
             }
-            waited += seconds
-            step += 1
-            values = {term: value for term, value in losses._asdict().items() if value is not None}
-            rates = {
-                "backbone_lr": optimizer.param_groups[0]["lr"],
-                "head_lr": optimizer.param_groups[1]["lr"],
-            }
-            metrics.write(
-                json.dumps({"step": step, "domain": domain, **values, **rates, **spent}) + "\n"
-            )
-            now = time.perf_counter()
-            if now - said >= 5 or step == run.steps:
-                said, training = now, now - started - paused
-                rate = (step - first) / training
-                print(
-                    f"step {step:,} of {run.steps:,}   loss {losses.total:.3f} ({domain})   {rate * config.batch_size:,.0f} "
-                    f"images/s   waiting for data {100 * waited / training:.1f} %   {clock((run.steps - step) / rate)} left",
-                    flush=True,
-                )
-            if step % (config.val_every or run.steps_per_epoch) == 0:
-                validate()
-            if validated == step or step % config.save_every == 0:
-                save_last()
-                paused += time.perf_counter() - now
-        if validated != step:
-            validate()
-            save_last()
+            values = {name: value for name, value in losses._asdict().items() if value is not None}
+            line = {"step": run.step, "domain": domain, **values, **rates, **spent}
+            metrics.write(json.dumps(line) + "\n")
+            progress.add(domain, losses.total, spent["seconds"], waited)
+            if run.step % val_every == 0:
+                validate(run, val_sets, metrics)
+            if run.validated == run.step or run.step % config.save_every == 0:
+                run.save()
+        if run.validated != run.step:
+            validate(run, val_sets, metrics)
+            run.save()
 
-    parameters = {
-        "trained": sum(p.numel() for p in optimizer.state),
-        "inference": inference_parameters(model, embedding),
-    }
-    model, best_checkpoint = evaluate.load_checkpoint(out / "best.pt", config.device)
-    results = {
-        **evaluate.evaluate(model, test_sets, preprocessing, index=index, embedding=embedding),
-        "checkpoint": str(out / "best.pt"),
-        "step": best_checkpoint["step"],
+
+class Progress:
+    """Prints the state of the training at most every five seconds."""
+
+    def __init__(self, run):
+        self.run, self.first, self.printed = run, run.step, time.perf_counter()
+        self.seconds = self.waited = 0.0
+
+    def add(self, domain, loss, seconds, waited):
+        run, now = self.run, time.perf_counter()
+        self.seconds += seconds
+        self.waited += waited
+        if now - self.printed < 5 and run.step < run.steps:
+            return
+        self.printed = now
+        rate = (run.step - self.first) / self.seconds  # steps per second
+        left = int((run.steps - run.step) / rate)
+        print(
+            f"step {run.step:,} of {run.steps:,}   loss {loss:.3f} ({domain})   "
+            f"{rate * run.config.batch_size:,.0f} images/s   "
+            f"waiting for data {100 * self.waited / self.seconds:.1f} %   "
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
+            flush=True,
+        )
+
+
+def validate(run, val_sets, metrics):
+    """Writes the mean R@1 and mMP@5 of the val queries to metrics.jsonl, the best model so far to
+    best.pt."""
+    means = test(run, val_sets, run.config.embedding)["mean"]
+    run.model.train()
+    run.validated, better = run.step, means["recall_at_1"] > run.best["recall_at_1"]
+    if better:
+        run.best = {"step": run.step, "recall_at_1": means["recall_at_1"]}
+        checkpoint.save(run.out / "best.pt", run.contents())
+    line = {"step": run.step, "val": means, "sampler_weights": run.sampler.weights}
+    metrics.write(json.dumps(line) + "\n")
+    print(
+        f"step {run.step:,} validation: mean R@1 {100 * means['recall_at_1']:.2f}, "
+        f"mMP@5 {100 * means['mmp_at_5']:.2f}{' (best so far)' if better else ''}",
+        flush=True,
+    )
+
+
+def test(run, sets, embedding):
+    return evaluate.evaluate(
+        run.model, sets, run.preprocessing, index=run.config.index, embedding=embedding
+    )
+
+
+def finish(run: Run, test_sets: dict) -> dict:
+    """Tests best.pt, writes test.json and prints the table."""
+    config, best = run.config, run.out / "best.pt"
+    trained = sum(parameter.numel() for parameter in run.optimizer.state)
+    run.model, contents = checkpoint.load(best, run.device)
+    results = test(run, test_sets, config.embedding) | {
+        "checkpoint": str(best),
+        "step": contents["step"],
         "data": config.data,
         "split": "test",
-        "index": index,
-        "embedding": embedding,
-        "untrained": untrained,
+        "index": config.index,
+        "embedding": config.embedding,
+        "backbone": run.backbone,
         "method": config.method,
-        "val_recall_at_1": best["recall_at_1"],
-        "parameters": parameters,
-        **spent_on(out / "metrics.jsonl", splits, config.batch_size),
+        "val_recall_at_1": run.best["recall_at_1"],
+        "parameters": {"trained": trained, "inference": inference_parameters(run)},
+        **spent(run.out / "metrics.jsonl", test_sets, config.batch_size),
     }
-    evaluate.write_json(out / "test.json", results)
-    print(
-        f"\n{out / 'best.pt'}, step {best_checkpoint['step']}: {embedding} embedding, test queries, {index} index"
-    )
-    print(evaluate.table(results, {"untrained": untrained}))
-    arguments = [
-        str(out / "best.pt"),
-        *(["--data", config.data] if config.data else []),
-        "--device",
-        config.device,
-    ]
-    print(f"the same again: python evaluate.py {shlex.join(arguments)}")
+    checkpoint.write_json(run.out / "test.json", results)
+    print(f"\n{best}, step {contents['step']:,}: test queries, {config.index} index")
+    print(evaluate.table({config.method: results, "backbone": run.backbone}))
+    if results["mean"]["recall_at_1"] <= run.backbone["mean"]["recall_at_1"] and run.steps:
+        print(f"the trained {config.embedding} embedding is not better than the backbone alone")
+    arguments = [str(best), *(["--data", config.data] if config.data else [])]
+    print(f"evaluate again: python evaluate.py {shlex.join(arguments)}")
     return results
 
 
-def train_beside(config, results):
-    """Trains the baseline config.beside with the same seed, data and budget, and prints the results of both in one table."""
-    out = Path(config.out, config.beside)
-    other = dataclasses.replace(
-        config,
-        method=config.beside,
-        out=str(out),
-        beside="nothing",
-        sampler=None,
-        signal=None,
-        negatives=None,
-        domain_margin=None,
-        teachers=None,
-    )
-    print(f"\nthe baseline {config.beside}, in the same way:")
-    baseline = train(other, resume=(out / "last.pt").exists())
-    print(f"\n{config.method} and {config.beside}, test queries:")
-    print(evaluate.table(results, {config.beside: baseline, "untrained": results["untrained"]}))
+def inference_parameters(run) -> int:
+    """The number of parameters that the embedding needs."""
+    heads = {"student": [run.model.student_head], "teacher": [run.model.teacher_heads]}
+    parts = [run.model.backbone, *heads.get(run.config.embedding, [])]
+    return sum(parameter.numel() for part in parts for parameter in part.parameters())
 
 
-def describe(config, run, counts, splits, model):
-    """Prints what is about to be trained: every option that differs from its default, the data, the sizes."""
-    defaults = resolve(Config(out=config.out))
-    different = [
-        f"{flag(f.name)} {getattr(config, f.name)}"
-        for f in dataclasses.fields(Config)
-        if getattr(config, f.name) != getattr(defaults, f.name)
-    ]
-    print(
-        f"{config.method} on {config.data or 'the procedural domains'} into {config.out}; differing from the defaults: "
-        f"{', '.join(different) or 'nothing'}"
-    )
+def spent(path, domains, batch_size) -> dict:
+    """Images of each domain, seconds of all steps and the sampler's weights, of metrics.jsonl."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "domain" in line]
+    images = {d: batch_size * sum(line["domain"] == d for line in steps) for d in domains}
+    seconds = {name: sum(line[name] for line in steps) for name in ("seconds", "cpu_seconds")}
+    weights = {x["step"]: x["sampler_weights"] for x in lines if "sampler_weights" in x}
+    return {"images": images, **seconds, "sampler_weights": weights}
+
+
+def describe(run, splits):
+    """Prints what is about to be trained: options, data and sizes."""
+    config, model = run.config, run.model
+    print(f"{config.method} on {config.data or 'the procedural domains'} into {config.out}")
+    for origin, values in options.origins(config).items():
+        changes = ", ".join(f"{name} {options.shown(value)}" for name, value in values.items())
+        print(f"  differs from the published setting by {origin}: {changes}")
+    if config.init == "scratch" and run.steps:
+        print(
+            "note: the backbone starts from random weights; the published setting starts from "
+            f"public ones (--init FILE); it is frozen for the first {run.frozen_steps:,} steps"
+        )
     for domain, split in splits.items():
-        print(f"  {domain:16}{len(split):9,} training images of {counts[domain]:,} classes")
+        print(f"  {domain:16}{len(split):9,} training images of {split.num_classes:,} classes")
     backbone = sum(p.numel() for p in model.backbone.parameters())
     heads = sum(p.numel() for p in model.parameters()) - backbone
     print(
-        f"parameters: backbone {backbone / 1e6:.2f} M, heads and classifiers {heads / 1e6:.2f} M ({16 * heads / 1e6:,.0f} MB "
-        f"with gradients and AdamW's moments); an epoch is {run.steps_per_epoch:,} steps, the run {run.steps:,}"
+        f"parameters: backbone {backbone / 1e6:.2f} M, heads and classifiers {heads / 1e6:.2f} M "
+        f"({16 * heads / 1e6:,.0f} MB with gradients and AdamW's moments); an epoch has "
+        f"{run.steps_per_epoch:,} steps, the run {run.steps:,}"
     )
 
 
-def inference_parameters(model, embedding):
-    """How many parameters are kept: of the backbone, and of the heads that embed."""
-    heads = {"student": model.student_head, "teacher": model.teacher_heads, "backbone": None}[
-        embedding
-    ]
-    return sum(
-        p.numel() for part in (model.backbone, heads) if part is not None for p in part.parameters()
-    )
+# Command line -------------------------------------------------------------------------------------
 
 
-def spent_on(path, domains, batch_size):
-    """What metrics.jsonl says of the whole run: images given to each domain, seconds of the training steps, and the sampler's
-    weights at each validation."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in lines if "domain" in line]
-    return {
-        "images": {
-            domain: batch_size * sum(line["domain"] == domain for line in steps)
-            for domain in domains
-        },
-        "seconds": sum(line["seconds"] for line in steps),
-        "cpu_seconds": sum(line["cpu_seconds"] for line in steps),
-        "sampler_weights": {
-            line["step"]: line["sampler_weights"] for line in lines if "sampler_weights" in line
-        },
+def train_all(config: Config, resume: bool) -> None:
+    """Trains the run and those of --compare, and prints the results of all in one table."""
+    compared = {
+        method: options.with_method(config, method, str(Path(config.out, method)))
+        for method in config.compare
     }
-
-
-def clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
-
-
-def keep_metrics_until(step, path):
-    """Drops the lines of steps that are about to be run again."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            if (
-                not line.endswith("\n") or json.loads(line)["step"] > step
-            ):  # the last one may be cut short
-                break
-        except (ValueError, TypeError, KeyError):
-            raise data.InputError(
-                f"{path} is damaged at line {len(kept) + 1}, {line.strip()[:40]!r}: remove the lines that are no "
-                "JSON objects with a step"
-            ) from None
-        kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
-
-
-# Command line --------------------------------------------------------------------------------------------------------------
-
-START = {  # head_lr, backbone_lr, frozen_epochs, by where the backbone's weights come from
-    "scratch": (2e-3, 1e-3, 0.0),
-    "compact": (3e-3, 3e-4, 1.0),  # chosen on val, with the weights in weights/
-    "public": (1e-3, 1e-5, 2.0),  # paper section 4
-}
-MAY_CHANGE = ("steps", "workers", "device", "data", "out")  # on resuming
-
-
-def resolve(config):
-    """The configuration with every field that depends on another filled in."""
-    compact = config.model in pretrained.COMPACT
-    init = config.init or (config.model if compact else "scratch")
-    kind = "compact" if init in pretrained.COMPACT else "scratch" if init == "scratch" else "public"
-    head_lr, backbone_lr, frozen_epochs = START[kind]
-    negatives = config.negatives or (
-        "all"
-        if config.method == "ujc" or compact and config.method in ("udon", "distill")
-        else "domain"
-    )
-    margin = 0.2 if negatives == "all" and config.method != "ujc" else 0.0
-    return dataclasses.replace(
-        config,
-        out=config.out or time.strftime("runs/%Y%m%d-%H%M%S"),
-        init=init,
-        sampler=config.sampler
-        or ("dynamic" if config.method == "udon" and not compact else "round_robin"),
-        beside=config.beside
-        or ("usc" if config.method == "udon" and config.data is None else "nothing"),
-        negatives=negatives,
-        domain_margin=margin if config.domain_margin is None else config.domain_margin,
-        signal=config.signal or ("teacher" if trains_teachers(config) else "student"),
-        head_lr=head_lr if config.head_lr is None else config.head_lr,
-        backbone_lr=backbone_lr if config.backbone_lr is None else config.backbone_lr,
-        frozen_epochs=frozen_epochs if config.frozen_epochs is None else config.frozen_epochs,
-        device=config.device or evaluate.default_device(),
-    )
-
-
-def configuration(given, resume):
-    """The resolved Config of a run from the options given: a new run's, or with `resume` that of the run in --out."""
-    out = Path(given.get("out") or "")
-    if not resume:
-        if given.get("out") and (out / "last.pt").exists():
-            raise data.InputError(
-                f"--out {out} holds a run already: go on with it by --resume, or give another folder"
-            )
-        config = resolve(Config(**given))
-    else:
-        if "out" not in given:
-            raise data.InputError("--resume needs --out, the folder of the run to go on with")
-        if not (out / "last.pt").exists():
-            raise data.InputError(
-                f"--out {out} holds no run to resume (no last.pt): leave out --resume, or correct the folder"
-            )
-        try:
-            saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
-            saved = Config(
-                **{
-                    name: tuple(value) if isinstance(value, list) else value
-                    for name, value in saved.items()
-                }
-            )
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise data.InputError(
-                f"{out / 'config.json'} is no configuration of this version ({error}): start a new run"
-            ) from None
-        for name, value in given.items():
-            if value != getattr(saved, name) and (
-                name not in MAY_CHANGE or (name == "steps" and saved.schedule != "constant")
-            ):
-                raise data.InputError(
-                    f"{flag(name)} is {value}, the run {out} was started with {getattr(saved, name)}: leave it "
-                    "out, or start a new run in another folder"
-                )
-        config = dataclasses.replace(saved, **given)
-    folder = next(
-        p for p in (Path(config.out).absolute(), *Path(config.out).absolute().parents) if p.exists()
-    )
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise data.InputError(
-            f"--out {config.out} cannot be written, since {folder} is a file or not yours: give another folder"
-        )
-    evaluate.check_device(config.device)
-    return config
+    results = {config.method: train(config, resume)}
+    for method, other in compared.items():
+        print(f"\n{method}, for comparison:")
+        results[method] = train(other, resume=(Path(other.out) / "last.pt").exists())
+    if compared:
+        print(f"\n{' and '.join(results)} beside the backbone as pre-trained, test queries:")
+        print(evaluate.table(results | {"backbone": results[config.method]["backbone"]}))
 
 
 def command_line():
-    """The parser of `udon.py train`; its options are Config's fields."""
-    parser = evaluate.Parser(
-        prog="udon.py",
-        description="Trains one image embedding for many fine-grained domains (UDON).",
+    parser = data.Parser(
+        prog="udon.py", description="Trains one image embedding for many domains (UDON)."
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=evaluate.Parser)
-    train_parser = commands.add_parser(
-        "train",
-        help="train, validate, print the test table",
-        description="Trains, validates, and prints the test table.",
-    )
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=data.Parser)
+    text = "Trains, validates and prints the test table."
+    train_parser = commands.add_parser("train", help=text, description=text)
     train_parser.add_argument(
         "--resume",
         action="store_true",
-        help=f"go on with the run in --out as it was started; of its options only "
-        f"{', '.join(map(flag, MAY_CHANGE))} may be given anew",
+        help="resume the run in --out as it was started; of its options only "
+        f"{', '.join(map(options.flag, options.MAY_CHANGE))} may change",
     )
-    kinds = typing.get_type_hints(Config)
-    for f in dataclasses.fields(Config):
-        kind = (typing.get_args(kinds[f.name]) or (kinds[f.name],))[0]
-        choices = f.metadata["choices"]
-        settings = {
-            "type": kind,
-            "choices": choices,
-            "metavar": None if choices else getattr(kind, "__name__", "").upper(),
-        }
-        if isinstance(f.default, tuple):
-            settings["nargs"] = len(f.default)
-        elif typing.get_origin(kind) is tuple:
-            settings |= {"nargs": "+", "type": str, "metavar": f.name.upper().removesuffix("S")}
-        if kind is bool:
-            settings = {"action": argparse.BooleanOptionalAction}
-        shown = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        text = f.metadata["help"] + (
-            f" (default: {shown})" if f.default is not None else ""
-        )  # else it says what none means
-        train_parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **settings)
+    options.add_options(train_parser)
     return parser
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> None:
     parser = command_line()
     given = vars(parser.parse_args(arguments))
     resume = given.pop("resume")
     given.pop("command")
-    for name in {"weights", "domains"} & given.keys():
-        given[name] = tuple(given[name])
     try:
-        config = configuration(given, resume)
-        results = train(config, resume)
-        if config.beside != "nothing":
-            train_beside(config, results)
-    except data.InputError as error:
+        if resume and "out" in given:
+            checkpoint.check_directory(Path(given["out"]), resume)
+        config = options.configuration(given, resume)
+        train_all(dataclasses.replace(config, out=config.out or checkpoint.new_directory()), resume)
+    except (ConfigError, data.InputError, CheckpointError, pretrained.WeightsError) as error:
         parser.exit(2, f"udon.py: {error}\n")
-    except OSError as error:  # no room, no permission: checkpoints are whole all the same
+    except OSError as error:  # no space or no permission; checkpoints are whole all the same
         place = error.filename or given.get("out", "runs")
         parser.exit(
             2,
-            f"udon.py: {place} cannot be used ({error.strerror or error}): mend that, and go on with --resume\n",
+            f"udon.py: {place} cannot be used ({error.strerror or error}): fix this and rerun with "
+            "--resume\n",
         )
-    except (
-        MemoryError,
-        RuntimeError,
-    ) as error:  # numpy's, torch's on a GPU, and on a CPU one without a name
-        if not isinstance(
-            error, (MemoryError, torch.OutOfMemoryError)
-        ) and "allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:  # numpy's; torch's, which has no type on a CPU
+        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not out_of_memory and "allocate memory" not in str(error):
             raise
         parser.exit(
             2,
-            f"udon.py: out of memory ({str(error).splitlines()[0][:200]}): lower --batch-size, --image-size, "
-            "--student-dim or --teacher-dim, or take a smaller --model\n",
+            f"udon.py: out of memory ({checkpoint.summary(error)}): lower --batch-size, "
+            "--image-size, --student-dim or --teacher-dim, or use a smaller --model\n",
         )
     except KeyboardInterrupt:
-        parser.exit(
-            130,
-            "\nudon.py: interrupted; a run folder goes on from its last checkpoint with --resume\n",
-        )
+        parser.exit(130, "\nudon.py: interrupted; resume the run with --resume\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,217 @@
+"""Checkpoints, which are written whole and read safely, and the directories of runs.
+Copy with: model.py, torch.
+
+    build(architecture)      -> model.UDON, untrained
+    save(path, contents)     writes all of a file or nothing, with a digest of its bytes
+    load(path, device)       -> (model.UDON in evaluation mode, the contents of the file)
+    write_json(path, value)  writes all of a JSON file or nothing
+    new_directory(), check_directory(out, resume), load_last(out), truncate_metrics(path, step)
+                             start or resume a run in its directory
+
+A checkpoint is a dictionary: "version", "model" (state dict), "architecture" (the arguments of
+`build`), "preprocessing" ({"mean", "std", "antialias"}), "step", "embedding", "index" and "config"
+(the options of the run); last.pt also holds the state of the optimizer and the sampler.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import pickle
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+
+from model import UDON, ViT
+
+VERSION = 2
+BLOCK = 2**20  # bytes, read at a time
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used as a checkpoint, or not be written: one sentence."""
+
+
+def build(architecture: dict) -> UDON:
+    """The untrained model of {"backbone": arguments of ViT, "classes", "student_dim", ...}."""
+    arguments = dict(architecture)
+    return UDON(ViT(**arguments.pop("backbone")), arguments.pop("classes"), **arguments)
+
+
+def save(path: str | os.PathLike, contents: dict) -> None:
+    """Writes `contents` and "version" to a file; if the process dies meanwhile, the previous file
+    stays. The file is torch's zip archive; its zip comment is the SHA-256 digest of the rest."""
+    partial = Path(f"{path}.partial")
+    try:
+        torch.save({"version": VERSION, **contents}, partial)
+        with zipfile.ZipFile(partial, "a") as archive:
+            archive.comment = bytes(64)
+        digest = digest_of(partial)
+        with open(partial, "r+b") as file:
+            file.seek(-64, os.SEEK_END)
+            file.write(digest)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def digest_of(path) -> bytes:
+    """64 hexadecimal digits: SHA-256 of all bytes of a file but the last 64."""
+    digest = hashlib.sha256()
+    left = os.path.getsize(path) - 64
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(BLOCK, left))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest().encode()
+
+
+def load(path: str | os.PathLike, device: str = "cpu") -> tuple[UDON, dict]:
+    """The model of a checkpoint, in evaluation mode on `device`, and the contents of the file.
+
+    Raises CheckpointError for a file that is missing, damaged, of an older version or no
+    checkpoint. Nothing is built before the file's description has been compared with its tensors.
+    """
+    contents = read(path)
+    try:
+        contents["preprocessing"]["antialias"], contents["config"]["data"], contents["step"]
+        check_depth(contents["architecture"], contents["model"])
+        with torch.device("meta"):
+            described = build(contents["architecture"])
+        shapes = {name: tensor.shape for name, tensor in contents["model"].items()}
+        if shapes != {name: tensor.shape for name, tensor in described.state_dict().items()}:
+            raise ValueError("the description does not fit the tensors")
+        model = build(contents["architecture"])
+        model.load_state_dict(contents["model"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} is incomplete ({summary(error)}): give a best.pt or last.pt as a "
+            "run wrote it"
+        ) from None
+    return model.to(device).eval(), contents
+
+
+def check_depth(architecture, weights):
+    """Raises ValueError unless the number of layers described is that of the tensors: even empty
+    layers take time and memory."""
+    blocks = {name.split(".")[2] for name in weights if name.startswith("backbone.blocks.")}
+    layers = [name for name in weights if name.startswith("student_head.")]
+    depth, head_layers = architecture["backbone"]["depth"], architecture["head_layers"]
+    if depth != len(blocks) or head_layers > len(layers):
+        raise ValueError(f"{depth} blocks and {head_layers} head layers do not fit the tensors")
+
+
+def read(path) -> dict:
+    """The contents of a checkpoint file. Raises CheckpointError."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 64))
+            digest = file.read()
+        whole = digest == digest_of(path)
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be opened ({error.strerror}): give a best.pt or last.pt"
+        ) from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError):
+        contents, whole = None, False
+    if isinstance(contents, dict) and "config" in contents and "version" not in contents:
+        raise CheckpointError(
+            f"checkpoint {path} was written by an older version of this project: train again, or "
+            "evaluate it with that version"
+        )
+    if not whole or not isinstance(contents, dict) or contents.get("version") != VERSION:
+        raise CheckpointError(
+            f"file {path} is not a checkpoint of this version, or it is damaged: give a best.pt or "
+            "last.pt as a run wrote it"
+        )
+    return contents
+
+
+def summary(error: BaseException) -> str:
+    """The first line of an error's message, or the error's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def write_json(path: str | os.PathLike, value: object) -> None:
+    """Writes all of a JSON file or nothing. Raises CheckpointError where it cannot be written."""
+    partial = Path(f"{path}.partial")
+    try:
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"file {path} cannot be written ({error.strerror}): give another, or make room"
+        ) from None
+
+
+# Run directories ----------------------------------------------------------------------------------
+
+FILES = ("config.json", "metrics.jsonl", "last.pt", "best.pt", "test.json")  # of a run
+
+
+def new_directory() -> str:
+    """Makes a new directory runs/<date>-<time>, with a number appended if that exists."""
+    name = time.strftime("runs/%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        path = Path(name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+            return str(path)
+        except FileExistsError:
+            continue
+
+
+def check_directory(out: Path, resume: bool) -> None:
+    """Raises CheckpointError for an --out that cannot be written or does not fit --resume."""
+    existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise CheckpointError(
+            f"--out {out} cannot be written, because {existing} is a file or belongs to another "
+            "user: give another directory"
+        )
+    found = [name for name in FILES if (out / name).exists()]
+    if found and not resume:
+        remedy = "resume it with --resume, or give" if "last.pt" in found else "give"
+        raise CheckpointError(
+            f"--out {out} holds a run already ({found[0]}): {remedy} another directory"
+        )
+    if resume and "last.pt" not in found:
+        raise CheckpointError(
+            f"--out {out} holds no run to resume (no last.pt): leave out --resume, or correct the "
+            "directory"
+        )
+
+
+def load_last(out: Path) -> tuple[UDON, dict]:
+    """`load` of the last.pt of a run, with the state from which the run can be resumed."""
+    model, contents = load(out / "last.pt")
+    if "optimizer" not in contents:
+        raise CheckpointError(
+            f"{out / 'last.pt'} is a best.pt, which holds no optimizer: give the run's own last.pt"
+        )
+    return model, contents
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drops the lines of steps that are about to be repeated."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = []
+    for line in lines:
+        try:
+            if not line.endswith("\n") or json.loads(line)["step"] > step:  # a cut last line
+                break
+        except (ValueError, TypeError, KeyError):
+            raise CheckpointError(
+                f"{path} is damaged at line {len(kept) + 1}, {line.strip()[:40]!r}: remove the "
+                "lines that are not JSON objects with a step"
+            ) from None
+        kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
