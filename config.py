@@ -41,9 +41,14 @@ COMPACT = {
     "backbone_lr": 3e-4,
     "frozen_epochs": 1.0,
 }
-PRESETS = {  # ours, chosen on validation splits with the compact weights in weights/
+PRESETS = {
+    # Ours, chosen on validation splits, with the compact weights in weights/.
     "mini": {"model": "mini", **COMPACT},
     "micro": {"model": "micro", **COMPACT},
+    # The published setting for each size; give public weights with --init.
+    "uned-s16": {"model": "s16"},
+    "uned-b16": {"model": "b16"},
+    "uned-l16": {"model": "l16"},
 }
 
 SINGLE = {"weights": (0.0, 1.0, 0.0, 0.0), "sampler": "round_robin", "signal": "student"}
@@ -67,6 +72,7 @@ METHODS = {
     # The backbone as it is: nothing is trained.
     "backbone": {"weights": (0.0, 0.0, 0.0, 0.0), "epochs": 0.0, "embedding": "backbone"},
 }
+Preset = Literal["mini", "micro", "uned-s16", "uned-b16", "uned-l16"]
 Method = Literal["udon", "udon-joint", "usc", "ujc", "teachers", "distill", "backbone"]
 DEMO = ("udon-joint", "usc")  # what `python udon.py train` compares with without other options
 
@@ -113,9 +119,9 @@ class Config:
 
     # model
 
-    preset: Literal["mini", "micro"] | None = None
+    preset: Preset | None = None
     """Model size, starting weights and training schedule in one name: mini for most uses without a
-    GPU, micro for quick trials; none: the published setting."""
+    GPU, micro for quick trials, uned-* for the published setting with public weights (--init)."""
     model: Literal["micro", "mini", "s16", "b16", "l16"] = "b16"
     """Size of the ViT (published: b16); a larger one needs public weights and a GPU."""
     image_size: int = 224
