@@ -1,117 +1,133 @@
-"""Which domain the next batch comes from (paper section 3, "dynamic sampling").    Copy with: numpy only.
+"""Which domain the next batch comes from (paper section 3, "dynamic sampling").
 
-    DomainSampler(domains, strategy, period=1000, sizes=None, seed=0)
-        .draw() -> str   .observe(domain, loss)   .upcoming() -> list[str]   .weights   .state_dict() / .load_state_dict()
+    DomainSampler(domains, strategy="dynamic", *, period=1000, sizes=None, seed=0)
+        .draw() -> str                domain of the next batch
+        .observe(domain, loss)        records its teacher classification loss
+        .upcoming() -> list[str]      the next draws, as far as they are decided
+        .weights -> dict[str, float]  probability of each domain
+        .state_dict(), .load_state_dict(state)
 
-Steps are cut into periods. Within a period every domain has an exact quota of batches, weight x period rounded by largest
-remainder, in an order shuffled by f(seed, period index): no run of bad luck, and nothing to replay but the step. The dynamic
-strategy begins with a round-robin period; from then on a domain's weight is its mean teacher classification loss over the
-period before, divided by the sum over domains, so that domains learned slower get more batches.
+Steps are grouped into periods. Within a period every domain gets an exact quota of batches, weight
+x period rounded by largest remainder, in an order set by the seed and the index of the period. The
+dynamic strategy starts with a round-robin period. From then on, a domain's weight is its mean
+teacher classification loss over the previous period divided by the sum over all domains, so that
+domains that are learned more slowly get more batches.
+Copy with: numpy.
 """
 
 import math
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 
 import numpy as np
 
 STRATEGIES = ("dynamic", "round_robin", "size", "balanced")
+LONGEST_PERIOD = 10**18
+LONGEST_PLAN = 2**16  # draws decided, and held in memory, at a time
 
 
 class DomainSampler:
-    """Draws one domain a step.
+    """Draws one domain per step.
 
     domains   names, in round-robin order
     strategy  "dynamic"      weights follow the losses given to `observe` (UDON)
               "round_robin"  the domains in turn
               "size"         weights proportional to `sizes`
-              "balanced"     equal weights, shuffled
-    period    steps between two updates of the weights; at least the number of domains, so that each can be served in each
-    sizes     {domain: number of training images}, for "size" alone
-    seed      shuffles the order within each period
+              "balanced"     equal weights
+    period    steps between two updates of the weights, from the number of domains to 10**18
+    sizes     {domain: number of training images}; read by "size" only
+    seed      sets the order within each period
 
-    A weight never falls below 1 / period: every domain gets at least one batch a period. A domain without an observation in
-    a period keeps its weight, and all are renormalised. What comes next depends on the arguments, the number of draws and
-    the losses observed, on nothing else: no global random state, no order of other calls.
-    Source: paper section 3; period 1000 is the official setting (its window, "since the log was last flushed", is not kept).
+    A weight is at least 1 / period, so that every domain gets a batch in every period. A domain
+    without an observation in a period keeps its weight, and all weights are renormalised. The draws
+    depend only on the arguments, the number of draws and the observed losses.
+    Periods of up to 65,536 steps are shuffled. In a longer one the domains are interleaved evenly,
+    which takes no more memory: any stretch of steps holds close to its share of each domain.
+    Raises ValueError for invalid arguments.
+    Source: paper section 3; period 1000 is the official setting. The official window of the mean
+    losses is the time since the log was last flushed; here it is the period.
     """
 
-    def __init__(self, domains, strategy="dynamic", *, period=1000, sizes=None, seed=0):
+    def __init__(
+        self,
+        domains: Iterable[str],
+        strategy: str = "dynamic",
+        *,
+        period: int = 1000,
+        sizes: Mapping[str, float] | None = None,
+        seed: int = 0,
+    ) -> None:
         self.domains = tuple(domains)
-        self.strategy, self.period, self.seed = strategy, int(period), int(seed)
         if not self.domains or len(set(self.domains)) < len(self.domains):
-            raise ValueError(f"domains are {list(self.domains)}: give at least one, each once")
+            raise ValueError(
+                f"sampler domains are {list(self.domains)}: give at least one, each of them once"
+            )
         if strategy not in STRATEGIES:
             raise ValueError(
                 f"sampler strategy {strategy!r} is unknown: use one of {', '.join(STRATEGIES)}"
             )
-        if self.period < len(self.domains):
-            raise ValueError(
-                f"sampler period {period} is shorter than the {len(self.domains)} domains: use at least "
-                f"{len(self.domains)}, so that each domain can be served in each period"
-            )
-        if self.period != period or self.seed != seed or self.seed < 0:
-            raise ValueError(
-                f"sampler period is {period} and seed {seed}: both must be integers, the seed 0 or more"
-            )
+        self.strategy = strategy
+        self.period = _integer("period", period, len(self.domains), LONGEST_PERIOD)
+        self.seed = _integer("seed", seed)
         weights = dict.fromkeys(self.domains, 1.0)
         if strategy == "size":
-            if (
-                sizes is None
-                or set(sizes) != set(self.domains)
-                or not all(0 < size < math.inf for size in sizes.values())
-            ):
-                raise ValueError(
-                    f"sampler strategy 'size' got sizes {sizes}: give a positive number for each of the domains "
-                    f"{list(self.domains)}"
-                )
-            weights = {domain: float(sizes[domain]) for domain in self.domains}
+            weights = _numbers("sizes", sizes, self.domains)
+            if not min(weights.values()) > 0 or not math.isfinite(sum(weights.values())):
+                raise ValueError(f"sampler sizes are {sizes}: they must be positive and finite")
         self._step = 0  # draws so far
-        self._weights = self._with_floor(weights)  # of the period in progress
-        self._forget_window()
+        self._weights = self._with_floor(weights)  # of the current period
+        self._plan: list[str] = []  # the draws that are decided, the next one last
+        self._clear_window()
 
-    def draw(self):
-        """The domain of the next batch."""
-        position = self._step % self.period
-        if position == 0:
+    def draw(self) -> str:
+        """Returns the domain of the next batch."""
+        if self._step % self.period == 0:
             self._weights = self.weights
             if self._step:
-                self._forget_window()
-            self._order = self._order_of_period(self._weights)
+                self._clear_window()
+        if not self._plan:
+            self._plan = self._next_draws(self._weights)[::-1]
         self._step += 1
-        return self._order[position]
+        return self._plan.pop()
 
-    def observe(self, domain, loss):
-        """Records the teacher classification loss (finite, >= 0) of a batch of `domain`. Raises ValueError otherwise."""
+    def observe(self, domain: str, loss: float) -> None:
+        """Records the teacher classification loss of a batch of `domain`.
+
+        Raises ValueError for an unknown domain, and for a loss that is negative or not finite.
+        """
         loss = float(loss)
         if domain not in self._sums:
             raise ValueError(
-                f"domain {domain!r} is not one of the sampler's: {', '.join(self.domains)}"
+                f"domain {domain!r} is unknown to the sampler: use one of {', '.join(self.domains)}"
             )
         if not (math.isfinite(loss) and loss >= 0):
             raise ValueError(
-                f"the loss observed for domain {domain!r} is {loss}: it must be finite and not negative"
+                f"the loss of domain {domain!r} is {loss}: it must be finite and not negative"
             )
         self._sums[domain] += loss
         self._counts[domain] += 1
 
-    def upcoming(self):
-        """The draws that are decided: the rest of the period, or between two periods, as far as observed, the next one."""
-        position = self._step % self.period
-        return self._order_of_period(self.weights) if position == 0 else self._order[position:]
+    def upcoming(self) -> list[str]:
+        """Returns the next draws as far as they are decided: 1 to 65,536, all of one period.
+
+        Between two periods they follow from the losses observed so far.
+        """
+        return self._plan[::-1] or self._next_draws(self.weights)
 
     @property
-    def weights(self):
-        """{domain: probability} that the next draw follows; positive, sum 1."""
+    def weights(self) -> dict[str, float]:
+        """{domain: probability of the next draw}; positive, with sum 1."""
         means = {d: self._sums[d] / self._counts[d] for d in self.domains if self._counts[d]}
         total = sum(means.values())
-        between_periods = self._step and self._step % self.period == 0
-        if self.strategy != "dynamic" or not between_periods or not 0 < total < math.inf:
+        period_is_over = self._step > 0 and self._step % self.period == 0
+        if self.strategy != "dynamic" or not period_is_over or not 0 < total < math.inf:
             return dict(self._weights)
         return self._with_floor(
             {d: means[d] / total if d in means else self._weights[d] for d in self.domains}
         )
 
-    def state_dict(self):
-        """All that decides what comes next, as plain Python values; independent of the sampler's further life."""
+    def state_dict(self) -> dict:
+        """Returns all that the next draws depend on, as plain Python values."""
         return {
             "domains": list(self.domains),
             "strategy": self.strategy,
@@ -123,51 +139,102 @@ class DomainSampler:
             "counts": dict(self._counts),
         }
 
-    def load_state_dict(self, state):
-        """Continues where `state` was taken. Raises ValueError if it belongs to other domains or another strategy."""
+    def load_state_dict(self, state: Mapping) -> None:
+        """Continues where `state` was taken, with the period and seed of `state`.
+
+        Raises ValueError, and changes nothing, if the state belongs to other domains or another
+        strategy, or if a value is missing or invalid.
+        """
+        current = self.state_dict()
+        if not isinstance(state, Mapping) or not current.keys() <= state.keys():
+            raise ValueError(f"a sampler state must be a dict of {sorted(current)}, not {state!r}")
         for name in ("domains", "strategy"):
-            mine = self.state_dict()[name]
-            if state[name] != mine:
+            if state[name] != current[name]:
                 raise ValueError(
-                    f"the sampler state has {name} {state[name]}, this sampler has {mine}: they must be the same"
+                    f"the sampler state has {name} {state[name]!r}, this sampler has "
+                    f"{current[name]!r}: they must be the same"
                 )
-        self.period, self.seed, self._step = state["period"], state["seed"], state["step"]
-        self._weights, self._sums, self._counts = (
-            dict(state["weights"]),
-            dict(state["sums"]),
-            dict(state["counts"]),
-        )
-        if self._step % self.period:
-            self._order = self._order_of_period(self._weights)
+        period = _integer("period", state["period"], len(self.domains), LONGEST_PERIOD)
+        seed, step = _integer("seed", state["seed"]), _integer("step", state["step"])
+        weights = _numbers("weights", state["weights"], self.domains)
+        if not abs(sum(weights.values()) - 1) < 1e-6:
+            raise ValueError(f"the sampler state has weights {weights}: their sum must be 1")
+        sums = _numbers("sums", state["sums"], self.domains)
+        counts = _numbers("counts", state["counts"], self.domains)
+        counts = {domain: _integer("counts", count) for domain, count in counts.items()}
+        self.period, self.seed, self._step = period, seed, step
+        self._weights, self._sums, self._counts, self._plan = weights, sums, counts, []
 
-    def _forget_window(self):
-        self._sums, self._counts = dict.fromkeys(self.domains, 0.0), dict.fromkeys(self.domains, 0)
+    def _clear_window(self) -> None:
+        self._sums = dict.fromkeys(self.domains, 0.0)
+        self._counts = dict.fromkeys(self.domains, 0)
 
-    def _with_floor(self, weights):
-        """Weights scaled to sum 1, those below 1 / period raised to it at the expense of the others."""
-        floor, low = 1 / self.period, set()
+    def _with_floor(self, weights: dict[str, float]) -> dict[str, float]:
+        """Scales weights to sum 1, those below 1 / period raised to it at the others' expense."""
+        floor, raised = 1 / self.period, set()
         while True:
-            scale = (1 - floor * len(low)) / (
-                sum(w for d, w in weights.items() if d not in low) or 1.0
-            )
-            lower = {d for d, w in weights.items() if d not in low and w * scale < floor}
-            if not lower or len(low | lower) == len(
-                weights
-            ):  # all at the floor: the period is as long as the domains
-                return {d: floor if d in low else w * scale for d, w in weights.items()}
-            low |= lower
+            total = sum(w for d, w in weights.items() if d not in raised)
+            scale = (1 - floor * len(raised)) / (total or 1.0)
+            low = {d for d, w in weights.items() if d not in raised and w * scale < floor}
+            # all of them low: the period has one step per domain, and only rounding is below it
+            if not low or len(raised | low) == len(weights):
+                return {d: floor if d in raised else w * scale for d, w in weights.items()}
+            raised |= low
 
-    def _order_of_period(self, weights):
-        """The period's domains, one a step, for the period that the next draw belongs to."""
-        index = self._step // self.period
+    def _next_draws(self, weights: dict[str, float]) -> list[str]:
+        """The draws from the current step on, up to the end of its period or LONGEST_PLAN."""
+        index, start = divmod(self._step, self.period)
+        count = min(self.period - start, LONGEST_PLAN)
         if self.strategy == "round_robin" or (self.strategy == "dynamic" and index == 0):
-            return [
-                self.domains[step % len(self.domains)]
-                for step in range(index * self.period, (index + 1) * self.period)
-            ]
-        exact = np.array([weights[d] for d in self.domains]) * self.period
-        quotas = np.floor(exact).astype(int)
+            turns = (self._step % len(self.domains) + np.arange(count)) % len(self.domains)
+            return [self.domains[turn] for turn in turns]
+        # Places 0..period-1 are handed out in blocks, one per domain; a permutation orders them.
+        last_places = np.cumsum(self._quotas(weights)) - 1
+        rng = np.random.default_rng((self.seed, index))
+        if self.period <= LONGEST_PLAN:
+            places = rng.permutation(self.period)[start:]
+        else:
+            places = _golden_places(self.period, int(rng.integers(self.period)), start, count)
+        return [self.domains[block] for block in np.searchsorted(last_places, places)]
+
+    def _quotas(self, weights: dict[str, float]) -> np.ndarray:
+        """Batches of each domain in a period: weight x period, rounded by largest remainder."""
+        exact = np.array([weights[domain] for domain in self.domains]) * self.period
+        quotas = np.floor(exact).astype(np.int64)
         largest_remainder = np.argsort(quotas - exact, kind="stable")
-        quotas[largest_remainder[: self.period - quotas.sum()]] += 1
-        shuffle = np.random.default_rng((self.seed, index)).permutation(self.period)
-        return np.repeat(np.array(self.domains, dtype=object), quotas)[shuffle].tolist()
+        quotas[largest_remainder[: max(self.period - quotas.sum(), 0)]] += 1
+        quotas[quotas.argmax()] += self.period - quotas.sum()  # 0 but for periods beyond float64
+        return quotas
+
+
+def _golden_places(period: int, first: int, start: int, count: int) -> np.ndarray:
+    """Entries start..start+count-1 of a permutation of 0..period-1 that starts with `first`.
+
+    Its stride is the golden ratio of the period, or the next number coprime to it: any stretch of
+    it is spread evenly over 0..period-1.
+    """
+    stride = period * 618_033_988_749_894_848 // 10**18
+    while math.gcd(stride, period) > 1:
+        stride += 1
+    return np.array([(first + stride * i) % period for i in range(start, start + count)])
+
+
+def _integer(name: str, value: object, least: int = 0, most: float = math.inf) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
+        limit = "" if most == math.inf else f" and at most {most:,}"
+        raise ValueError(f"sampler {name} {value!r} must be an integer, at least {least}{limit}")
+    return int(value)
+
+
+def _numbers(name: str, values: object, domains: tuple[str, ...]) -> dict[str, float]:
+    """`values` as {domain: number} in the order of `domains`; refuses all but numbers >= 0."""
+    if not isinstance(values, Mapping) or set(values) != set(domains):
+        raise ValueError(
+            f"sampler {name} are {values}: give a number for each of the domains {list(domains)}"
+        )
+    for domain, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:
+            raise ValueError(
+                f"sampler {name} have {value!r} for domain {domain!r}: it must be a number >= 0"
+            )
+    return {domain: values[domain] for domain in domains}
