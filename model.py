@@ -1,150 +1,168 @@
-"""The networks of UDON (paper section 3): one ViT backbone, a student head, a teacher head per domain, cosine classifiers.
-Copy with: torch only.
+"""The networks of UDON (paper section 3): a ViT backbone, heads and cosine classifiers.
 
-    ViT    images (B, 3, H, W)          -> (B, D)   CLS token after the final norm, any length
-    UDON   images (B, 3, H, W), domain  -> Outputs: backbone (B, D), student (B, S), teacher (B, T), all unit rows, and
-                                           cosines (B, C) in [-1, 1] of student and teacher with the domain's classifiers
+    ViT    images (B, 3, H, W)          -> (B, D), the CLS token after the final norm
+    UDON   images (B, 3, H, W), domain  -> Outputs: embeddings and cosines of student and teacher
+    SIZES  {name: arguments of ViT}
 
-B batch, N patches, D backbone width, S student width, T teacher width, C classes of the batch's domain.
-The ViT's parameters carry timm's names, so that timm's weights load without a table of renames.
+B batch size, N patches, D backbone width, S student width, T teacher width, C classes of the
+batch's domain. The ViT's parameters have timm's names, so that timm's weights load unchanged.
+Copy with: torch.
 """
 
+from collections.abc import ItemsView, Iterator, KeysView, Mapping
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
 
 ACTIVATIONS = {
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # AugReg and the other JAX weights
-    "gelu": F.gelu,  # timm's own, open_clip's LAION weights
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # OpenAI's CLIP
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # AugReg and other JAX weights
+    "gelu": F.gelu,  # timm, open_clip's LAION weights
+    "quick_gelu": quick_gelu,  # OpenAI's CLIP
 }
 
-SIZES = {  # S/16, B/16, L/16: arXiv:2010.11929 and 2106.10270
-    "micro": dict(
-        image_size=48, patch_size=16, width=96, depth=2, heads=3, stem="conv"
-    ),  # ours: learn from small data, on a
-    "mini": dict(
-        image_size=48, patch_size=16, width=128, depth=4, heads=4, stem="conv"
-    ),  # processor
+SIZES = {  # micro and mini: our compact networks, to train on a CPU; the others: arXiv:2010.11929
+    "micro": dict(image_size=48, patch_size=16, width=96, depth=2, heads=3, stem="conv"),
+    "mini": dict(image_size=48, patch_size=16, width=128, depth=4, heads=4, stem="conv"),
     "s16": dict(image_size=224, patch_size=16, width=384, depth=12, heads=6),
     "b16": dict(image_size=224, patch_size=16, width=768, depth=12, heads=12),
     "l16": dict(image_size=224, patch_size=16, width=1024, depth=24, heads=16),
 }
 
 
-class StandardisedConv2d(nn.Conv2d):
-    """Convolution whose kernels are standardised: mean 0, norm 1 (arXiv:1903.10520, as in ResNet + ViT hybrids).
+# ---- backbone ------------------------------------------------------------------------------------
 
-    Features after a ReLU share a large mean, which makes the unit embeddings of an untrained network almost equal (mean cosine
-    0.95). A kernel of mean 0 does not pass it on (0.37), and training gets away from there many times faster.
+
+class StandardisedConv2d(nn.Conv2d):
+    """Convolution with standardised kernels: mean 0, norm 1 (arXiv:1903.10520).
+
+    Features after a ReLU have a large common mean, which makes the embeddings of an untrained
+    network almost equal (mean cosine 0.95) and training slow. Kernels of mean 0 remove it (0.37).
     """
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         kernel = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
         kernel = kernel / kernel.square().sum((1, 2, 3), keepdim=True).add(1e-8).sqrt()
         return F.conv2d(x, kernel, self.bias, self.stride, self.padding)
 
 
 class PatchEmbed(nn.Module):
-    """(B, 3, H, W) -> (B, N, D): one patch_size-strided convolution, or 3x3 convolutions of stride 2 and a 1x1 one."""
+    """(B, 3, H, W) -> (B, N, D), one token per patch, in row-major order.
 
-    def __init__(self, patch_size, width, stem):
+    stem  "patch": one convolution with the patch size as its stride, as published
+          "conv": 3x3 convolutions of stride 2, then a 1x1 convolution (arXiv:2106.14881)
+    """
+
+    def __init__(self, patch_size: int, width: int, stem: str) -> None:
         super().__init__()
         if stem == "patch":
             self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
-        elif stem == "conv":  # early convolutions: arXiv:2106.14881
-            halvings = patch_size.bit_length() - 1
-            if patch_size != 2**halvings or halvings < 1:
-                raise ValueError(
-                    f"patch size {patch_size} cannot be had from convolutions of stride 2: use a power of 2, or "
-                    "stem='patch'"
-                )
-            channels = [3] + [max(width * (i + 1) // halvings, 8) for i in range(halvings)]
-            layers = []
-            for before, after in zip(channels, channels[1:]):
-                layers += [
-                    StandardisedConv2d(before, after, 3, stride=2, padding=1, bias=False),
-                    nn.GroupNorm(1, after),
-                    nn.ReLU(),
-                ]
-            self.proj = nn.Sequential(*layers, StandardisedConv2d(channels[-1], width, 1))
+        elif stem == "conv":
+            self.proj = self._convolutions(patch_size, width)
         else:
             raise ValueError(f"stem {stem!r} is unknown: use 'patch' or 'conv'")
 
-    def forward(self, images):
+    @staticmethod
+    def _convolutions(patch_size: int, width: int) -> nn.Sequential:
+        halvings = patch_size.bit_length() - 1
+        if patch_size != 2**halvings or halvings < 1:
+            raise ValueError(
+                f"patch size {patch_size} is not a power of 2, which stem 'conv' needs: change it, "
+                "or use stem 'patch'"
+            )
+        channels = [3] + [max(width * (i + 1) // halvings, 8) for i in range(halvings)]
+        layers = []
+        for in_channels, out_channels in zip(channels, channels[1:]):
+            layers += [
+                StandardisedConv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False),
+                nn.GroupNorm(1, out_channels),
+                nn.ReLU(),
+            ]
+        return nn.Sequential(*layers, StandardisedConv2d(channels[-1], width, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class Attention(nn.Module):
-    def __init__(self, width, heads):
+    """Multi-head self-attention, (B, N+1, D) -> (B, N+1, D)."""
+
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x):  # (B, N+1, D)
-        q, k, v = (
-            self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # 3 x (B, heads, N+1, D/heads)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N+1, 3, heads, D/heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, heads, N+1, D/heads)
+        x = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
-    def __init__(self, width, hidden, activation):
+    def __init__(self, width: int, hidden_width: int, activation: str) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden_width)
+        self.fc2 = nn.Linear(hidden_width, width)
         self.activation = activation
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, width, heads, hidden, activation):
+    """Pre-norm Transformer block, (B, N+1, D) -> (B, N+1, D)."""
+
+    def __init__(self, width: int, heads: int, hidden_width: int, activation: str) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = Mlp(width, hidden, activation)
+        self.mlp = Mlp(width, hidden_width, activation)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
 class ViT(nn.Module):
-    """Vision Transformer (arXiv:2010.11929), pre-norm blocks, CLS token.
+    """Vision Transformer with a CLS token (arXiv:2010.11929).
 
-    forward(images (B, 3, H, W) float, H = W = image_size) -> (B, width): the CLS token after the final norm, not L2-normalised.
-    activation  "gelu_tanh" | "gelu" | "quick_gelu" and norm_eps belong to the weights' family; pretrained.load sets them
-    pre_norm    CLIP's: a LayerNorm before the blocks, and no bias in the patch projection
-    stem        "patch", as published, or "conv": stride-2 3x3 convolutions, for compact sizes that learn from small data
-    Raises ValueError for sizes that do not divide, unknown names, and images of another size.
+    activation  "gelu_tanh" | "gelu" | "quick_gelu"; like norm_eps and pre_norm a property of the
+                pretrained weights, which `pretrained.load` sets
+    pre_norm    adds a LayerNorm before the blocks and drops the bias of the patch projection (CLIP)
+    stem        "patch", as published, or "conv", for compact networks that learn from small data
+    Attributes: `width`, and `architecture`, the arguments that rebuild this module.
+    Raises ValueError for sizes that do not divide and for unknown names.
     """
 
     def __init__(
         self,
-        image_size=224,
-        patch_size=16,
-        width=768,
-        depth=12,
-        heads=12,
-        mlp_ratio=4.0,
+        image_size: int = 224,
+        patch_size: int = 16,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        mlp_ratio: float = 4.0,
         *,
-        activation="gelu_tanh",
-        norm_eps=1e-6,
-        pre_norm=False,
-        stem="patch",
-    ):
+        activation: str = "gelu_tanh",
+        norm_eps: float = 1e-6,
+        pre_norm: bool = False,
+        stem: str = "patch",
+    ) -> None:
         super().__init__()
         if image_size % patch_size or width % heads:
             raise ValueError(
-                f"image size {image_size} must be a multiple of patch size {patch_size}, and width {width} a "
-                f"multiple of the {heads} heads"
+                f"image size {image_size} must be a multiple of patch size {patch_size}, and width "
+                f"{width} a multiple of the {heads} heads"
             )
         self.architecture = dict(
             image_size=image_size,
@@ -160,11 +178,15 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, width))
         self.norm_pre = nn.Identity()
+        hidden_width = int(width * mlp_ratio)
         self.blocks = nn.ModuleList(
-            Block(width, heads, int(width * mlp_ratio), activation) for _ in range(depth)
+            Block(width, heads, hidden_width, activation) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
         self.set_family(activation, norm_eps, pre_norm)
+        self._initialise()
+
+    def _initialise(self) -> None:
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         for module in self.blocks.modules():
@@ -172,22 +194,25 @@ class ViT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def set_family(self, activation, norm_eps, pre_norm):
-        """Switches what a family of public weights fixes beside the weights; `architecture` always rebuilds the module."""
+    def set_family(self, activation: str, norm_eps: float, pre_norm: bool) -> None:
+        """Sets what a family of pretrained weights requires, in place, and updates `architecture`.
+
+        Raises ValueError, and changes nothing, for an unknown activation, or pre_norm with a stem
+        other than "patch".
+        """
         if activation not in ACTIVATIONS:
             raise ValueError(
                 f"activation {activation!r} is unknown: use one of {', '.join(ACTIVATIONS)}"
             )
         width, stem = self.architecture["width"], self.architecture["stem"]
         if pre_norm and stem != "patch":
-            raise ValueError(f"pre_norm goes with stem 'patch', not with stem {stem!r}")
-        like = dict(device=self.pos_embed.device, dtype=self.pos_embed.dtype)
+            raise ValueError(f"pre_norm needs stem 'patch', but the stem is {stem!r}")
+        options = dict(device=self.pos_embed.device, dtype=self.pos_embed.dtype)
         if pre_norm != isinstance(self.norm_pre, nn.LayerNorm):
-            self.norm_pre = nn.LayerNorm(width, **like) if pre_norm else nn.Identity()
+            self.norm_pre = nn.LayerNorm(width, **options) if pre_norm else nn.Identity()
         if stem == "patch" and pre_norm == (self.patch_embed.proj.bias is not None):
-            self.patch_embed.proj.bias = (
-                None if pre_norm else nn.Parameter(torch.zeros(width, **like))
-            )
+            bias = None if pre_norm else nn.Parameter(torch.zeros(width, **options))
+            self.patch_embed.proj.bias = bias
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = norm_eps
@@ -195,116 +220,182 @@ class ViT(nn.Module):
                 module.activation = activation
         self.architecture.update(activation=activation, norm_eps=norm_eps, pre_norm=pre_norm)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) with H = W = image_size -> (B, D), not L2-normalised.
+
+        Raises ValueError for images of another shape.
+        """
         size = self.architecture["image_size"]
         if images.shape[1:] != (3, size, size):
             raise ValueError(
-                f"images are {tuple(images.shape)}: this ViT takes (B, 3, {size}, {size})"
+                f"images have shape {tuple(images.shape)}: this ViT takes (B, 3, {size}, {size})"
             )
-        x = self.patch_embed(images)  # (B, N, D)
-        x = (
-            torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        )  # (B, N+1, D)
+        patches = self.patch_embed(images)  # (B, N, D)
+        # not len(patches), which would fix the batch size in an exported model
+        cls_token = self.cls_token.expand(patches.shape[0], -1, -1)
+        x = torch.cat([cls_token, patches], dim=1) + self.pos_embed  # (B, N+1, D)
         x = self.norm_pre(x)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)[:, 0]  # (B, D)
+        return self.norm(x)[:, 0]
+
+
+# ---- heads and classifiers -----------------------------------------------------------------------
 
 
 class LecunLinear(nn.Linear):
-    """Linear with bias; Lecun-normal weights (truncated at 2 std), zero bias."""
+    """Linear layer; Lecun-normal weights truncated at 2 standard deviations, zero bias."""
 
-    def reset_parameters(self):
-        std = (
-            self.in_features**-0.5 / 0.87962566
-        )  # truncation at 2 std shrinks a normal to 0.8796 of its std
+    def reset_parameters(self) -> None:
+        std = self.in_features**-0.5 / 0.87962566  # the truncated normal's std is 0.8796 of std
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
         nn.init.zeros_(self.bias)
 
 
 class Head(LecunLinear):
-    """(B, D) -> (B, width) unit rows: Linear with bias, then L2."""
+    """(B, D) -> (B, width) unit rows: Linear, L2."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.normalize(super().forward(x), dim=1)
 
 
 class MlpHead(nn.Sequential):
-    """(B, D) -> (B, width) unit rows: `layers` Linear layers, LayerNorm and GELU between them (the paper's variant), then L2."""
+    """(B, D) -> (B, width) unit rows: (Linear, LayerNorm, GELU) x (layers - 1), Linear, L2."""
 
-    def __init__(self, in_width, width, layers):
-        between = [
-            (LecunLinear(in_width, in_width), nn.LayerNorm(in_width), nn.GELU())
-            for _ in range(layers - 1)
-        ]
-        super().__init__(*sum(between, ()), LecunLinear(in_width, width))
+    def __init__(self, in_width: int, width: int, layers: int) -> None:
+        hidden = []
+        for _ in range(layers - 1):
+            hidden += [LecunLinear(in_width, in_width), nn.LayerNorm(in_width), nn.GELU()]
+        super().__init__(*hidden, LecunLinear(in_width, width))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.normalize(super().forward(x), dim=1)
 
 
-def build_head(in_width, width, layers):
+def build_head(in_width: int, width: int, layers: int) -> Head | MlpHead:
     return Head(in_width, width) if layers == 1 else MlpHead(in_width, width, layers)
 
 
 class CosineClassifier(nn.Linear):
-    """Unit rows (B, width) -> cosines (B, C) with the normalised class weights; the gradient flows through the norm.
-    Lecun-uniform weights, no bias."""
+    """Unit rows (B, width) -> cosines (B, C) with the class weights.
 
-    def __init__(self, width, classes):
+    The weights are normalised in the forward pass, and the gradient flows through the norm.
+    Lecun-uniform initialisation, no bias.
+    """
+
+    def __init__(self, width: int, classes: int) -> None:
         super().__init__(width, classes, bias=False)
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         bound = (3 / self.in_features) ** 0.5
         nn.init.uniform_(self.weight, -bound, bound)
 
-    def forward(self, embeddings):
+    def forward(self, embeddings: Tensor) -> Tensor:
         return F.linear(embeddings, F.normalize(self.weight, dim=1))
 
 
+class DomainModules(nn.ModuleDict):
+    """A ModuleDict keyed by domain name, without ModuleDict's restrictions on names.
+
+    A name that ModuleDict refuses, such as "a.b" or "keys", is escaped in the names of parameters
+    ("@a%2Eb", "@keys") and only there; other names are used as they are.
+    """
+
+    def __getitem__(self, domain: str) -> nn.Module:
+        return super().__getitem__(_escape(domain))
+
+    def __setitem__(self, domain: str, module: nn.Module) -> None:
+        super().__setitem__(_escape(domain), module)
+
+    def __delitem__(self, domain: str) -> None:
+        super().__delitem__(_escape(domain))
+
+    def __contains__(self, domain: object) -> bool:
+        return isinstance(domain, str) and super().__contains__(_escape(domain))
+
+    def __iter__(self) -> Iterator[str]:
+        return map(_unescape, super().__iter__())
+
+    def keys(self) -> KeysView[str]:
+        return dict.fromkeys(self).keys()
+
+    def items(self) -> ItemsView[str, nn.Module]:
+        return dict(zip(self, self.values())).items()
+
+
+_RESERVED = frozenset(dir(nn.ModuleDict()))
+
+
+def _escape(domain: str) -> str:
+    if "." in domain or domain in _RESERVED or domain.startswith(("@", "__")):
+        return "@" + domain.replace("%", "%25").replace(".", "%2E")
+    return domain
+
+
+def _unescape(key: str) -> str:
+    if key.startswith("@"):
+        return key[1:].replace("%2E", ".").replace("%25", "%")
+    return key
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+
 class Outputs(NamedTuple):
-    backbone: torch.Tensor  # (B, D) unit rows
-    student: torch.Tensor  # (B, S) unit rows, the universal embedding
-    teacher: torch.Tensor  # (B, T) unit rows; None in a model without teachers
-    student_cosines: torch.Tensor  # (B, C)
-    teacher_cosines: torch.Tensor  # (B, C); None in a model without teachers
+    """Of one batch of one domain; the teacher's fields are None in a model without teachers."""
+
+    backbone: Tensor  # (B, D) unit rows
+    student: Tensor  # (B, S) unit rows, the universal embedding
+    teacher: Tensor | None  # (B, T) unit rows
+    student_cosines: Tensor  # (B, C)
+    teacher_cosines: Tensor | None  # (B, C)
 
 
 class UDON(nn.Module):
-    """Backbone, student head, and per domain: a teacher head, a student classifier, a teacher classifier.
+    """A backbone, a student head and, per domain, a teacher head and two classifiers.
 
-    backbone     a module (B, 3, H, W) -> (B, D) with D as its attribute `width`, such as ViT
-    classes      {domain: number of training classes}; every per-domain module is keyed by the domain's name
-    teacher_dim  0 leaves the teachers out: the single-model baselines
-    head_layers  1, or as many linear layers as an MLP head of the paper's appendix has, D wide between them
-    Raises ValueError for a domain name that cannot name a parameter, or without one class, and for an unknown domain.
+    backbone     module (B, 3, H, W) -> (B, D) with an attribute `width`, D, such as ViT
+    classes      {domain: number of training classes}; any name but the empty one
+    teacher_dim  T, or 0 for a model without teachers
+    head_layers  linear layers per head; more than 1 gives the MLP heads of the paper's appendix
+    Raises ValueError for an empty domain name and for a domain without classes.
     """
 
-    def __init__(self, backbone, classes, *, student_dim=64, teacher_dim=256, head_layers=1):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classes: Mapping[str, int],
+        *,
+        student_dim: int = 64,
+        teacher_dim: int = 256,
+        head_layers: int = 1,
+    ) -> None:
         super().__init__()
         for domain, count in classes.items():
-            if not domain or "." in domain or hasattr(nn.ModuleDict(), domain) or count < 1:
+            if not domain or count < 1:
                 raise ValueError(
-                    f"domain {domain!r} with {count} classes: the name must have no dot and be none, such as 'keys', "
-                    "that torch.nn.ModuleDict uses itself, and there must be at least 1 class: rename the domain"
+                    f"domain {domain!r} has {count} classes: a domain needs a name and at least 1"
                 )
-        self.backbone = backbone
-        self.student_head = build_head(backbone.width, student_dim, head_layers)
-        self.student_classifiers = nn.ModuleDict(
-            {d: CosineClassifier(student_dim, c) for d, c in classes.items()}
-        )
+        width = backbone.width
         taught = classes if teacher_dim else {}
-        self.teacher_heads = nn.ModuleDict(
-            {d: build_head(backbone.width, teacher_dim, head_layers) for d in taught}
+        self.backbone = backbone
+        self.student_head = build_head(width, student_dim, head_layers)
+        self.student_classifiers = DomainModules(
+            {domain: CosineClassifier(student_dim, count) for domain, count in classes.items()}
         )
-        self.teacher_classifiers = nn.ModuleDict(
-            {d: CosineClassifier(teacher_dim, c) for d, c in taught.items()}
+        self.teacher_heads = DomainModules(
+            {domain: build_head(width, teacher_dim, head_layers) for domain in taught}
+        )
+        self.teacher_classifiers = DomainModules(
+            {domain: CosineClassifier(teacher_dim, count) for domain, count in taught.items()}
         )
 
-    def forward(self, images, domain):
+    def forward(self, images: Tensor, domain: str) -> Outputs:
+        """images (B, 3, H, W), all of `domain`. Raises ValueError for an unknown domain."""
         if domain not in self.student_classifiers:
             raise ValueError(
-                f"domain {domain!r} is unknown to the model: use one of {', '.join(self.student_classifiers)}"
+                f"domain {domain!r} is unknown to the model: use one of "
+                f"{', '.join(self.student_classifiers)}"
             )
         backbone = self.embed_backbone(images)  # (B, D)
         student = self.student_head(backbone)  # (B, S)
@@ -312,14 +403,13 @@ class UDON(nn.Module):
         if not self.teacher_heads:
             return Outputs(backbone, student, None, student_cosines, None)
         teacher = self.teacher_heads[domain](backbone)  # (B, T)
-        return Outputs(
-            backbone, student, teacher, student_cosines, self.teacher_classifiers[domain](teacher)
-        )
+        teacher_cosines = self.teacher_classifiers[domain](teacher)  # (B, C)
+        return Outputs(backbone, student, teacher, student_cosines, teacher_cosines)
 
-    def embed_backbone(self, images):
-        """(B, 3, H, W) -> (B, D) unit rows: what every head reads."""
+    def embed_backbone(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D) unit rows, the input of every head."""
         return F.normalize(self.backbone(images), dim=1)
 
-    def embed(self, images):
-        """(B, 3, H, W) -> (B, S) unit rows: the universal embedding. All that inference needs."""
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, S) unit rows, the universal embedding; all that inference needs."""
         return self.student_head(self.embed_backbone(images))
