@@ -1,24 +1,21 @@
-"""Checkpoints, which are written whole and read safely, and the directories of runs.
+"""Checkpoints: tensors and plain Python values in a file that is written whole and read safely.
 Copy with: model.py, torch.
 
     build(architecture)      -> model.UDON, untrained
     save(path, contents)     writes all of a file or nothing, with a digest of its bytes
     load(path, device)       -> (model.UDON in evaluation mode, the contents of the file)
     write_json(path, value)  writes all of a JSON file or nothing
-    new_directory(), check_directory(out, resume), load_last(out), truncate_metrics(path, step)
-                             start or resume a run in its directory
 
 A checkpoint is a dictionary: "version", "model" (state dict), "architecture" (the arguments of
-`build`), "preprocessing" ({"mean", "std", "antialias"}), "step", "embedding", "index" and "config"
-(the options of the run); last.pt also holds the state of the optimizer and the sampler.
+`build`), "preprocessing" ({"mean", "std", "antialias"}), "step", "embedding", "index", "config"
+(the options of the run) and "run" (its identity); last.pt also holds the state of the optimizer
+and the sampler.
 """
 
 import hashlib
-import itertools
 import json
 import os
 import pickle
-import time
 import zipfile
 from pathlib import Path
 
@@ -45,7 +42,8 @@ def save(path: str | os.PathLike, contents: dict) -> None:
     stays. The file is torch's zip archive; its zip comment is the SHA-256 digest of the rest."""
     partial = Path(f"{path}.partial")
     try:
-        torch.save({"version": VERSION, **contents}, partial)
+        with open(partial, "wb") as file:
+            write_archive({"version": VERSION, **contents}, file)
         with zipfile.ZipFile(partial, "a") as archive:
             archive.comment = bytes(64)
         digest = digest_of(partial)
@@ -57,6 +55,29 @@ def save(path: str | os.PathLike, contents: dict) -> None:
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
+        raise
+
+
+def write_archive(contents, file):
+    """torch.save, which turns an OSError of the file, such as a full disk, into a RuntimeError."""
+    failed = []
+
+    class File:
+        def write(self, data):
+            try:
+                return file.write(data)
+            except OSError as error:
+                failed.append(error)
+                raise
+
+        def flush(self):
+            file.flush()
+
+    try:
+        torch.save(contents, File())
+    except RuntimeError:
+        if failed:
+            raise failed[0] from None
         raise
 
 
@@ -148,70 +169,3 @@ def write_json(path: str | os.PathLike, value: object) -> None:
         raise CheckpointError(
             f"file {path} cannot be written ({error.strerror}): give another, or make room"
         ) from None
-
-
-# Run directories ----------------------------------------------------------------------------------
-
-FILES = ("config.json", "metrics.jsonl", "last.pt", "best.pt", "test.json")  # of a run
-
-
-def new_directory() -> str:
-    """Makes a new directory runs/<date>-<time>, with a number appended if that exists."""
-    name = time.strftime("runs/%Y%m%d-%H%M%S")
-    for number in itertools.count(1):
-        path = Path(name if number == 1 else f"{name}-{number}")
-        try:
-            path.mkdir(parents=True)
-            return str(path)
-        except FileExistsError:
-            continue
-
-
-def check_directory(out: Path, resume: bool) -> None:
-    """Raises CheckpointError for an --out that cannot be written or does not fit --resume."""
-    existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise CheckpointError(
-            f"--out {out} cannot be written, because {existing} is a file or belongs to another "
-            "user: give another directory"
-        )
-    found = [name for name in FILES if (out / name).exists()]
-    if found and not resume:
-        remedy = "resume it with --resume, or give" if "last.pt" in found else "give"
-        raise CheckpointError(
-            f"--out {out} holds a run already ({found[0]}): {remedy} another directory"
-        )
-    if resume and "last.pt" not in found:
-        raise CheckpointError(
-            f"--out {out} holds no run to resume (no last.pt): leave out --resume, or correct the "
-            "directory"
-        )
-
-
-def load_last(out: Path) -> tuple[UDON, dict]:
-    """`load` of the last.pt of a run, with the state from which the run can be resumed."""
-    model, contents = load(out / "last.pt")
-    if "optimizer" not in contents:
-        raise CheckpointError(
-            f"{out / 'last.pt'} is a best.pt, which holds no optimizer: give the run's own last.pt"
-        )
-    return model, contents
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drops the lines of steps that are about to be repeated."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            if not line.endswith("\n") or json.loads(line)["step"] > step:  # a cut last line
-                break
-        except (ValueError, TypeError, KeyError):
-            raise CheckpointError(
-                f"{path} is damaged at line {len(kept) + 1}, {line.strip()[:40]!r}: remove the "
-                "lines that are not JSON objects with a step"
-            ) from None
-        kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)

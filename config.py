@@ -395,7 +395,7 @@ def check_evaluation(config):
     )
 
 
-def with_method(config: Config, method: str, out: str) -> Config:
+def with_method(config: Config, method: str, out: Path) -> Config:
     """The configuration of a run to compare with: another method, and of the options those that
     differ from the values of the first run's preset and method."""
     base = overlaid(config.preset, config.method)
@@ -403,7 +403,7 @@ def with_method(config: Config, method: str, out: str) -> Config:
         name: getattr(config, name) for name in DEFAULTS if getattr(config, name) != base[name]
     }
     return Config(
-        **options | {"method": method, "preset": config.preset, "compare": (), "out": out}
+        **options | {"method": method, "preset": config.preset, "compare": (), "out": str(out)}
     )
 
 
@@ -478,6 +478,30 @@ def whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{shown(text)!r} is not a whole number") from None
 
 
+def read(out: Path) -> Config:
+    """The configuration of the run in the directory `out`."""
+    path = out / "config.json"
+    try:
+        return Config(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is not a configuration of this version ({error}): restore it, or start a new "
+            "run"
+        ) from None
+
+
+def check_same(config: Config, started: Config, place: str) -> None:
+    """Raises ConfigError if `config` cannot continue the run in `place`, started as `started`."""
+    for name in DEFAULTS:
+        value, before = getattr(config, name), getattr(started, name)
+        fixed = name not in MAY_CHANGE or (name == "steps" and started.schedule != "constant")
+        if fixed and value != before:
+            raise ConfigError(
+                f"{flag(name)} is {shown(value)}, but {place} was started with {shown(before)}: "
+                "use that value, or start a new run"
+            )
+
+
 def configuration(given: dict, resume: bool) -> Config:
     """The Config of command-line options; with `resume`, that of the run in --out with those of
     the options that may change. Without --data and --method, DEMO is compared with."""
@@ -486,20 +510,7 @@ def configuration(given: dict, resume: bool) -> Config:
         return Config(**{"preset": "mini", "compare": demo} | given)
     if "out" not in given:
         raise ConfigError("--resume needs --out, the directory of the run to resume")
-    path = Path(given["out"], "config.json")
-    try:
-        saved = Config(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{path} is not a configuration of this version ({error}): start a new run"
-        ) from None
-    changes = dataclasses.replace(saved, **given)
-    for name in given:
-        before, after = getattr(saved, name), getattr(changes, name)
-        fixed = name not in MAY_CHANGE or (name == "steps" and saved.schedule != "constant")
-        if fixed and before != after:
-            raise ConfigError(
-                f"{flag(name)} is {shown(after)}, but the run {path.parent} was started with "
-                f"{shown(before)}: leave it out, or start a new run"
-            )
-    return changes
+    started = read(Path(given["out"]))
+    config = dataclasses.replace(started, **given)
+    check_same(config, started, f"the run {given['out']}")
+    return config

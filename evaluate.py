@@ -60,6 +60,18 @@ def open_sets(
     return sets
 
 
+def check_validation(sets: dict[str, TestSet]) -> None:
+    """Prints a note for each domain whose validation can hardly tell good models from bad ones."""
+    for domain, images in sets.items():
+        labels = images.queries.split.labels
+        classes = len({label for row in labels for label in np.atleast_1d(row).tolist()})
+        if classes < 5 or classes == len(labels):
+            print(
+                f"note: the val split of {domain} has {len(labels)} images of {classes} classes: "
+                "its R@1 hardly tells models apart, use at least 5 classes of 2 images or more"
+            )
+
+
 @torch.inference_mode()
 def embed(
     network: Callable[[torch.Tensor], torch.Tensor],

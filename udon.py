@@ -14,11 +14,16 @@ A run ends with a table of R@1 and mMP@5 on test classes, beside the backbone as
 B batch, D backbone width, S student width, T teacher width, C classes of the batch's domain.
 """
 
+import contextlib
 import dataclasses
-import json
+import functools
 import math
+import os
 import shlex
+import signal
+import sys
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,6 +37,7 @@ import config as options
 import data
 import evaluate
 import pretrained
+import rundir
 from checkpoint import CheckpointError
 from config import Config, ConfigError
 from losses import classification_loss, logit_distillation_loss, relational_distillation_loss
@@ -192,20 +198,44 @@ LOSS_OPTIONS = (
 )
 
 
+class NotFinite(data.InputError):
+    """A loss or gradient that is not finite, with what is known about its step."""
+
+    def __init__(self, message, about):
+        super().__init__(message)
+        self.about = about  # {"step", "domain", "term", "value"}
+
+
 def finite_values(run, domain, losses) -> Losses:
-    """The losses as numbers, read from the device at once. Raises InputError if one of them or the
+    """The losses as numbers, read from the device at once. Raises NotFinite if one of them or the
     norm of the gradient is not finite."""
     terms = [name for name, loss in losses._asdict().items() if loss is not None]
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     numbers = torch.stack([getattr(losses, name).detach().float() for name in terms] + [norm])
-    for name, value in zip([*terms, "gradient norm"], numbers.tolist()):
+    numbers = dict(zip([*terms, "gradient norm"], numbers.tolist()))
+    for name, value in numbers.items():
         if not math.isfinite(value):
-            raise data.InputError(
-                f"{name} is {value} at step {run.step}, domain {domain}: lower --backbone-lr or "
-                "--head-lr, and check the images of the domain"
+            raise NotFinite(
+                f"{name} is {value} at step {run.step}, domain {domain}: {likely_cause(run)}",
+                {"step": run.step, "domain": domain, "term": name, "value": str(value)},
             )
-    return Losses(**dict.fromkeys(Losses._fields) | dict(zip(terms, numbers.tolist())))
+    del numbers["gradient norm"]
+    return Losses(**dict.fromkeys(Losses._fields) | numbers)
+
+
+def likely_cause(run) -> str:
+    """Which option to change after a loss that is not finite."""
+    config, limit = run.config, 1e30  # of float32, 3e38, with room for sums and squares
+    if config.scale > limit or config.relational_scale > limit:
+        return "lower --scale or --relational-scale"
+    if config.temperature < 1 / limit:
+        return "raise --temperature"
+    if config.weight_decay * max(config.head_lr, config.backbone_lr) > 1:
+        return "lower --weight-decay"
+    if run.step == 0 and config.init != "scratch":
+        return f"check the weights of --init {config.init} and the images of the domain"
+    return "lower --backbone-lr or --head-lr, and check the images of the domain"
 
 
 # The run ------------------------------------------------------------------------------------------
@@ -226,8 +256,9 @@ class Run:
     teachers: Callable | None = None  # frozen ones, for the method `distill`
     step: int = 0  # steps done
     validated: int | None = None  # step of the last validation
-    best: dict = field(default_factory=lambda: {"step": 0, "recall_at_1": -1.0})
+    best: dict = field(default_factory=lambda: {"step": 0, "recall_at_1": -1.0, "mmp_at_5": -1.0})
     backbone: dict | None = None  # test results of the backbone as pre-trained
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def steps(self) -> int:
@@ -253,9 +284,10 @@ class Run:
             "embedding": self.config.embedding,
             "index": self.config.index,
             "config": dataclasses.asdict(self.config),
+            "run": self.identity,
         }
 
-    def save(self) -> None:
+    def save(self, metrics: rundir.MetricsLog) -> None:
         """Writes last.pt, from which the run can be resumed. Raises InputError, and keeps the
         previous last.pt, if a weight is not finite."""
         for name, parameter in self.model.named_parameters():
@@ -270,6 +302,7 @@ class Run:
             "best": self.best,
             "validated": self.validated,
             "backbone": self.backbone,
+            "metrics": metrics.recorded(),
         }
         checkpoint.save(self.out / "last.pt", self.contents() | state)
 
@@ -279,6 +312,7 @@ class Run:
         self.sampler.load_state_dict(state["sampler"])
         self.step, self.validated = state["step"], state["validated"]
         self.best, self.backbone = state["best"], state["backbone"]
+        self.identity = state["run"]
         if self.step > self.steps:
             raise ConfigError(
                 f"--steps is {self.steps}, but the run {self.out} has done {self.step}: give that "
@@ -399,6 +433,7 @@ def build_run(config: Config, splits: dict[str, data.Split], state=None) -> Run:
         model, architecture, preprocessing = build_model(config, classes)
     else:
         model, contents = state
+        options.check_same(config, Config(**contents["config"]), f"{config.out}/last.pt")
         architecture, preprocessing = contents["architecture"], contents["preprocessing"]
         if architecture["classes"] != classes:
             raise ConfigError(
@@ -431,75 +466,93 @@ def build_run(config: Config, splits: dict[str, data.Split], state=None) -> Run:
 def train(config: Config, resume: bool = False) -> dict:
     """Trains to the end, writes the directory of the run, prints the test table.
 
+    Then trains the methods of config.compare with the same options, and prints all in one table.
     Returns the contents of test.json. With `resume`, continues from last.pt in config.out; the
     final weights equal those of an uninterrupted run bit for bit (on a CPU with the same number of
-    threads). Raises ConfigError, data.InputError, CheckpointError or pretrained.WeightsError for
-    input that cannot be used.
+    threads). The first SIGINT or SIGTERM ends the step, saves and raises SystemExit. Raises
+    ConfigError, RunError, InputError, CheckpointError or WeightsError for unusable input.
     """
-    config = dataclasses.replace(config, out=config.out or checkpoint.new_directory())
-    out = Path(config.out)
-    checkpoint.check_directory(out, resume)
-    benchmark = data.Benchmark(config.data, config.domains)
-    splits = {domain: benchmark.split(domain, "train") for domain in benchmark.domains}
-    run = build_run(config, splits, checkpoint.load_last(out) if resume else None)
-    describe(run, splits)
-
-    started = time.perf_counter()
-    size = run.architecture["backbone"]["image_size"]
-    test_sets = evaluate.open_sets(benchmark, "test", size, antialias=config.antialias)
-    val_sets = evaluate.open_sets(benchmark, "val", size, antialias=config.antialias, keep=True)
-    batches = data.TrainBatches(
-        splits,
-        size,
-        config.batch_size,
-        config.seed,
-        antialias=config.antialias,
-        min_area=config.min_area,
-    )
-    decoded = "in memory" if batches.in_memory else f"as needed by {config.workers} processes"
-    print(f"training images decoded {decoded}; ready in {time.perf_counter() - started:.1f} s")
-    if resume:
-        print(f"resumed at step {run.step:,} of {run.steps:,}")
-    else:
-        run.backbone = test(run, test_sets, "backbone")
-        mean = 100 * run.backbone["mean"]["recall_at_1"]
-        print(f"backbone as pre-trained: mean R@1 {mean:.2f} on test")
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(out / "config.json", dataclasses.asdict(config))
-    checkpoint.truncate_metrics(out / "metrics.jsonl", run.step)
-    run.save()
-    fit(run, batches, val_sets)
-    return finish(run, test_sets)
+    with rundir.run_directory(config.out, resume) as out:
+        config = dataclasses.replace(config, out=str(out))
+        others = [options.with_method(config, method, out / method) for method in config.compare]
+        for other in others:
+            if (Path(other.out) / "config.json").exists():
+                options.check_same(other, options.read(Path(other.out)), other.out)
+        results = {config.method: train_one(config, resume)}
+        for other in others:
+            print(f"\n{other.method}, for comparison:")
+            results[other.method] = train(other, (Path(other.out) / "last.pt").exists())
+    if others:
+        print(f"\n{' and '.join(results)} beside the backbone as pre-trained, test queries:")
+        print(evaluate.table(results | {"backbone": results[config.method]["backbone"]}))
+    return results[config.method]
 
 
-def fit(run: Run, batches: data.TrainBatches, val_sets: dict) -> None:
+def train_one(config: Config, resume: bool) -> dict:
+    """`train` without comparisons, in a directory that exists."""
+    with rundir.Interruption(config.out) as interruption:
+        benchmark = data.Benchmark(config.data, config.domains)
+        splits = {domain: benchmark.split(domain, "train") for domain in benchmark.domains}
+        state = rundir.load_last(Path(config.out)) if resume else None
+        run = build_run(config, splits, state)
+        describe(run, splits)
+        size = run.architecture["backbone"]["image_size"]
+        open_sets = functools.partial(evaluate.open_sets, benchmark, antialias=config.antialias)
+        test_sets, val_sets = open_sets("test", size), open_sets("val", size, keep=True)
+        evaluate.check_validation(val_sets)
+        batches = data.TrainBatches(
+            splits,
+            size,
+            config.batch_size,
+            config.seed,
+            antialias=config.antialias,
+            min_area=config.min_area,
+        )
+        if resume:
+            print(f"resumed at step {run.step:,} of {run.steps:,}")
+        else:
+            run.backbone = test(run, test_sets, "backbone")
+            mean = 100 * run.backbone["mean"]["recall_at_1"]
+            print(f"backbone as pre-trained: mean R@1 {mean:.2f} on test")
+        metrics = rundir.MetricsLog(run.out / "metrics.jsonl", state and state[1]["metrics"])
+        checkpoint.write_json(run.out / "config.json", dataclasses.asdict(config))
+        run.save(metrics)
+        with contextlib.closing(metrics):
+            fit(run, batches, val_sets, metrics, interruption)
+        return finish(run, test_sets, metrics)
+
+
+def fit(run: Run, batches: data.TrainBatches, val_sets: dict, metrics, interruption) -> None:
     """Trains from run.step to the end; writes metrics.jsonl, last.pt and best.pt."""
     config = run.config
     workers = 0 if batches.in_memory else config.workers
+    print(f"training images decoded {f'by {workers} processes' if workers else 'in memory'}")
     val_every = config.val_every or run.steps_per_epoch
     stream = data.stream(batches, run.sampler, run.step, run.steps, workers)
     progress = Progress(run)
     run.model.train()
-    with open(run.out / "metrics.jsonl", "a", encoding="utf-8", buffering=1) as metrics:
-        while run.step < run.steps:
-            started, cpu_started = time.perf_counter(), time.process_time()
-            rates = dict(zip(("backbone_lr", "head_lr"), learning_rates(run)))
-            domain, losses, waited = training_step(run, stream)
-            spent = {
-                "seconds": time.perf_counter() - started,
-                "cpu_seconds": time.process_time() - cpu_started,
-            }
-            values = {name: value for name, value in losses._asdict().items() if value is not None}
-            line = {"step": run.step, "domain": domain, **values, **rates, **spent}
-            metrics.write(json.dumps(line) + "\n")
-            progress.add(domain, losses.total, spent["seconds"], waited)
-            if run.step % val_every == 0:
-                validate(run, val_sets, metrics)
-            if run.validated == run.step or run.step % config.save_every == 0:
-                run.save()
-        if run.validated != run.step:
+    interruption.polled = True
+    while run.step < run.steps:
+        started, cpu_started = time.perf_counter(), time.process_time()
+        rates = dict(zip(("backbone_lr", "head_lr"), learning_rates(run)))
+        domain, losses, waited = training_step(run, stream)
+        spent = {
+            "seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - cpu_started,
+        }
+        values = {name: value for name, value in losses._asdict().items() if value is not None}
+        metrics.write({"step": run.step, "domain": domain, **values, **rates, **spent})
+        progress.add(domain, losses.total, spent["seconds"], waited)
+        if run.step % val_every == 0:
             validate(run, val_sets, metrics)
-            run.save()
+        if run.validated == run.step or run.step % config.save_every == 0:
+            run.save(metrics)
+        if interruption.requested:
+            run.save(metrics)
+            interruption.stop()
+    if run.validated != run.step:
+        validate(run, val_sets, metrics)
+        run.save(metrics)
 
 
 class Progress:
@@ -532,12 +585,13 @@ def validate(run, val_sets, metrics):
     best.pt."""
     means = test(run, val_sets, run.config.embedding)["mean"]
     run.model.train()
-    run.validated, better = run.step, means["recall_at_1"] > run.best["recall_at_1"]
+    # Equal R@1 is decided by mMP@5, then by the later step.
+    best = run.best["recall_at_1"], run.best["mmp_at_5"]
+    run.validated, better = run.step, (means["recall_at_1"], means["mmp_at_5"]) >= best
     if better:
-        run.best = {"step": run.step, "recall_at_1": means["recall_at_1"]}
+        run.best = {"step": run.step, **means}
         checkpoint.save(run.out / "best.pt", run.contents())
-    line = {"step": run.step, "val": means, "sampler_weights": run.sampler.weights}
-    metrics.write(json.dumps(line) + "\n")
+    metrics.write({"step": run.step, "val": means, "sampler_weights": run.sampler.weights})
     print(
         f"step {run.step:,} validation: mean R@1 {100 * means['recall_at_1']:.2f}, "
         f"mMP@5 {100 * means['mmp_at_5']:.2f}{' (best so far)' if better else ''}",
@@ -551,11 +605,13 @@ def test(run, sets, embedding):
     )
 
 
-def finish(run: Run, test_sets: dict) -> dict:
+def finish(run: Run, test_sets: dict, metrics: rundir.MetricsLog) -> dict:
     """Tests best.pt, writes test.json and prints the table."""
     config, best = run.config, run.out / "best.pt"
     trained = sum(parameter.numel() for parameter in run.optimizer.state)
     run.model, contents = checkpoint.load(best, run.device)
+    if (contents["run"], contents["step"]) != (run.identity, run.best["step"]):
+        raise CheckpointError(f"{best} is not of step {run.best['step']} of this run: restore it")
     results = test(run, test_sets, config.embedding) | {
         "checkpoint": str(best),
         "step": contents["step"],
@@ -567,7 +623,7 @@ def finish(run: Run, test_sets: dict) -> dict:
         "method": config.method,
         "val_recall_at_1": run.best["recall_at_1"],
         "parameters": {"trained": trained, "inference": inference_parameters(run)},
-        **spent(run.out / "metrics.jsonl", test_sets, config.batch_size),
+        **spent(metrics, test_sets, config.batch_size),
     }
     checkpoint.write_json(run.out / "test.json", results)
     print(f"\n{best}, step {contents['step']:,}: test queries, {config.index} index")
@@ -586,9 +642,9 @@ def inference_parameters(run) -> int:
     return sum(parameter.numel() for part in parts for parameter in part.parameters())
 
 
-def spent(path, domains, batch_size) -> dict:
-    """Images of each domain, seconds of all steps and the sampler's weights, of metrics.jsonl."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def spent(metrics, domains, batch_size) -> dict:
+    """Images of each domain, seconds of all steps and the sampler's weights."""
+    lines = metrics.values()
     steps = [line for line in lines if "domain" in line]
     images = {d: batch_size * sum(line["domain"] == d for line in steps) for d in domains}
     seconds = {name: sum(line[name] for line in steps) for name in ("seconds", "cpu_seconds")}
@@ -622,21 +678,6 @@ def describe(run, splits):
 # Command line -------------------------------------------------------------------------------------
 
 
-def train_all(config: Config, resume: bool) -> None:
-    """Trains the run and those of --compare, and prints the results of all in one table."""
-    compared = {
-        method: options.with_method(config, method, str(Path(config.out, method)))
-        for method in config.compare
-    }
-    results = {config.method: train(config, resume)}
-    for method, other in compared.items():
-        print(f"\n{method}, for comparison:")
-        results[method] = train(other, resume=(Path(other.out) / "last.pt").exists())
-    if compared:
-        print(f"\n{' and '.join(results)} beside the backbone as pre-trained, test queries:")
-        print(evaluate.table(results | {"backbone": results[config.method]["backbone"]}))
-
-
 def command_line():
     parser = data.Parser(
         prog="udon.py", description="Trains one image embedding for many domains (UDON)."
@@ -654,6 +695,12 @@ def command_line():
     return parser
 
 
+USER_ERRORS = (
+    *(ConfigError, data.InputError, CheckpointError),
+    *(pretrained.WeightsError, rundir.RunError),
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line()
     given = vars(parser.parse_args(arguments))
@@ -661,11 +708,13 @@ def main(arguments: list[str] | None = None) -> None:
     given.pop("command")
     try:
         if resume and "out" in given:
-            checkpoint.check_directory(Path(given["out"]), resume)
-        config = options.configuration(given, resume)
-        train_all(dataclasses.replace(config, out=config.out or checkpoint.new_directory()), resume)
-    except (ConfigError, data.InputError, CheckpointError, pretrained.WeightsError) as error:
+            rundir.check(Path(given["out"]), resume)
+        train(options.configuration(given, resume), resume)
+    except USER_ERRORS as error:
         parser.exit(2, f"udon.py: {error}\n")
+    except BrokenPipeError:  # the reader of the output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:  # no space or no permission; checkpoints are whole all the same
         place = error.filename or given.get("out", "runs")
         parser.exit(
@@ -682,8 +731,6 @@ def main(arguments: list[str] | None = None) -> None:
             f"udon.py: out of memory ({checkpoint.summary(error)}): lower --batch-size, "
             "--image-size, --student-dim or --teacher-dim, or use a smaller --model\n",
         )
-    except KeyboardInterrupt:
-        parser.exit(130, "\nudon.py: interrupted; resume the run with --resume\n")
 
 
 if __name__ == "__main__":
