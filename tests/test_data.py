@@ -16,7 +16,6 @@ import data
 from sampler import DomainSampler
 
 SIZE, BATCH, SEED = 16, 6, 3
-PROCEDURAL_IMAGES = {"val": 24, "test": 8}  # of a class
 
 
 # Layouts ---------------------------------------------------------------------------------------------------------------------
@@ -94,51 +93,6 @@ def test_every_image_mode_becomes_rgb(tmp_path, mode):
     image = Image.new("RGB", (9, 5), (200, 30, 30)).convert(mode)
     image.save(root / "images" / entry["path"], format="TIFF" if mode == "CMYK" else "PNG")
     assert np.asarray(data.Benchmark(root).split("birds", "train").image(0)).shape == (5, 9, 3)
-
-
-# Procedural domains ----------------------------------------------------------------------------------------------------------
-
-
-def test_procedural_domains():
-    benchmark = data.Benchmark()
-    assert len(benchmark.domains) == 8
-    sizes = set()
-    for domain in benchmark.domains:
-        splits = {name: benchmark.split(domain, name) for name in ("train", "val", "test")}
-        labels = [set(split.labels.tolist()) for split in splits.values()]
-        assert not (labels[0] & labels[1] or labels[0] & labels[2] or labels[1] & labels[2]), (
-            f"{domain}: a class in two splits"
-        )
-        assert all(
-            (np.bincount(splits[name].classes) == number).all()
-            for name, number in PROCEDURAL_IMAGES.items()
-        )
-        sizes.add(splits["train"].num_classes)
-        pixels = splits["test"].pixels
-        assert pixels.shape[1:] == (64, 64, 3) and pixels.dtype == np.uint8
-        assert len(np.unique(pixels.reshape(len(pixels), -1), axis=0)) == len(pixels), (
-            f"{domain}: two images are the same"
-        )
-    assert len(sizes) > 4, f"numbers of classes are to be unequal: {sizes}"
-    tail = np.bincount(benchmark.split("symbols", "train").classes)
-    assert tail.max() >= 10 * np.median(tail), f"symbols is to be long-tailed: {tail}"
-
-
-def test_procedural_images_are_always_the_same():
-    np.random.seed(1)
-    one = data.procedural_split("shape", "val").pixels
-    np.random.seed(2)
-    assert (one == data.procedural_split("shape", "val").pixels).all()
-
-
-@pytest.mark.parametrize("domain", data.PROCEDURAL)
-def test_procedural_classes_are_different_pictures(domain):
-    """The look of two classes differs: drawn with the same random stream, they are not the same picture."""
-    make_classes, draw, counts, _ = data.PROCEDURAL[domain]
-    looks = make_classes(np.random.default_rng(0), sum(counts))
-    assert len(looks) == sum(counts)
-    drawn = {draw(np.random.default_rng(5), look).tobytes() for look in looks}
-    assert len(drawn) == len(looks), f"{len(looks) - len(drawn)} classes look like another"
 
 
 # Transforms ------------------------------------------------------------------------------------------------------------------
@@ -354,7 +308,36 @@ def test_real_images(mini_uned):
         and benchmark.index_name("food", "test") == "test"
     )
     images = data.TestImages(benchmark.split("emoji", "val"), 64)
-    assert images[3].shape == (3, 64, 64)
+    assert images[3:5].shape == (2, 3, 64, 64)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("keep", [True, False])
+def test_test_images_come_in_order_in_batches(uned, workers, keep):
+    split = data.Benchmark(uned).split("birds", "test")
+    images = data.TestImages(split, SIZE, keep=keep)
+    batches = list(images.batches(6, workers))
+    assert [batch.shape for batch in batches] == [(n, 3, SIZE, SIZE) for n in (6, 6, 6, 2)]
+    whole = torch.cat(batches)
+    expected = [data.prepare_test(split.image(row), SIZE) for row in range(20)]
+    assert torch.equal(whole, torch.tensor(np.stack(expected)).permute(0, 3, 1, 2))
+    for rows in (slice(3, 5), range(3, 5), [3, 4]):
+        assert torch.equal(images[rows], whole[3:5])
+
+
+def test_loaded_takes_a_plan_when_the_last_one_is_used():
+    """A later plan may depend on what was done with the items of an earlier one."""
+    used = []
+
+    def plans():
+        for number in range(3):
+            assert len(used) == 2 * number
+            yield [number, number + 10]
+
+    for key, item in data.loaded({key: str(key) for key in (0, 1, 2, 10, 11, 12)}, plans(), 0):
+        assert item == str(key)
+        used.append(key)
+    assert used == [0, 10, 1, 11, 2, 12]
 
 
 # Bad input: one sentence that names it ---------------------------------------------------------------------------------------
