@@ -550,6 +550,7 @@ def fit(run: Run, batches: data.TrainBatches, val_sets: dict, metrics, interrupt
         if interruption.requested:
             run.save(metrics)
             interruption.stop()
+    interruption.polled = False
     if run.validated != run.step:
         validate(run, val_sets, metrics)
         run.save(metrics)
