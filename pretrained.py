@@ -1,368 +1,609 @@
-"""Reads public ViT weights into model.ViT.    Copy with: torch and numpy (safetensors for .safetensors files).
+"""Loads public ViT weights into `model.ViT`.
 
-    load(vit, path) -> Preprocessing(mean, std)    fills the ViT in place, all of it or nothing
-    COMPACT                                        {size of model.SIZES: file} of the project's own weights
+    load(vit, path, *, activation=None, statistics=None) -> Preprocessing(mean, std)
+    STATISTICS  {name: Preprocessing}: "half", "imagenet", "clip"
+    COMPACT     {size: path} of the project's own weights
 
-    python pretrained.py RUN/best.pt FILE.pt       keeps of a checkpoint what `load` needs, in half precision
+    python pretrained.py RUN/best.pt FILE.pt    extracts a run's backbone, in half precision
 
-Four families, told apart by the file's own keys; each fixes the activation, the LayerNorm epsilon, whether there is a norm
-before the blocks, and the statistics its images were normalised with. All of that is set here, and none of it by the user,
-because getting it wrong is silent.
+A family of weights is recognised by its keys. It determines the activation, the LayerNorm epsilon,
+whether a norm precedes the blocks, and the mean and std of the images. `load` sets all of them and
+warns about each that the file cannot tell, because a wrong one lowers accuracy without an error.
 
-    AugReg   .npz of the JAX ViT code (arXiv:2106.10270)     gelu_tanh   1e-6   mean and std 0.5
-    timm     vit_* state dict                                gelu        1e-6   mean and std 0.5
-             vit_*_clip_* (has norm_pre)                     gelu        1e-5   CLIP's
-    CLIP     OpenAI / open_clip, keys `visual.*`             quick_gelu  1e-5   CLIP's
-    ours     checkpoints of udon.py, keys `backbone.*`       as written in the checkpoint
+    AugReg  .npz of the JAX ViT code (arXiv:2106.10270)   gelu_tanh   1e-6  half
+    timm    vit_* state dicts                             gelu        1e-6  half (assumed)
+            with decoder_* keys (MAE) or a "teacher"      gelu        1e-6  imagenet (assumed)
+            vit_*_clip_*, which have norm_pre             gelu        1e-5  clip
+    CLIP    OpenAI and open_clip, keys visual.*           quick_gelu  1e-5  clip
+    own     checkpoints of udon.py                        as stored in the checkpoint
 
-DeiT, DINO and MAE files have timm's keys too, but were trained on ImageNet's mean and std: not supported, since no key tells.
+DINO, DeiT and MAE encoders have timm's keys but were trained with "imagenet" statistics: pass them.
+Copy with: torch, numpy (and safetensors for .safetensors files).
 """
 
+import json
+import math
 import os
 import pickle
 import re
 import sys
 import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 COMPACT = {name: Path(__file__).with_name("weights") / f"{name}.pt" for name in ("micro", "mini")}
 
 
 class WeightsError(ValueError):
-    """The file cannot fill the ViT; the message is one sentence that names the keys or shapes and the remedy."""
+    """The weights cannot be loaded; one sentence with the file, the reason and the remedy."""
 
 
 class Preprocessing(NamedTuple):
-    mean: tuple  # per channel R, G, B, of images in [0, 1]
-    std: tuple
+    """Statistics that images in [0, 1] are normalised with, per channel R, G, B."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
 
 HALF = Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = Preprocessing((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+STATISTICS = {"half": HALF, "imagenet": IMAGENET, "clip": CLIP}
 
 
-def load(vit, path, *, activation=None):
-    """Fills `vit` (model.ViT) with the weights in `path`; the position table is resized to its grid (a warning says so).
+class Family(NamedTuple):
+    """What a family of weights fixes besides the weights."""
 
-    path        .npz (AugReg), .safetensors (timm), or what torch.load reads with weights_only=True or torch.jit.load (timm
-                and CLIP state dicts, bare or under "state_dict" or "model"; OpenAI's own archives). Any float dtype.
-    activation  overrides the family's, which the file cannot tell for some CLIP weights: "gelu" for open_clip's LAION ones
-    Sets the ViT's activation, norm_eps and pre_norm. Classifier, text tower and projection in the file are ignored.
-    Raises WeightsError, and leaves the ViT as it was, for a file of no known family, a backbone key missing or left over, or
-    a size that differs.
-    """
-    weights, file = _read(path)
-    heads = set()  # torch's layouts do not tell their number
-    if any(key.startswith("Transformer/") for key in weights):
-        family, preprocessing = ("gelu_tanh", 1e-6, False), HALF
-        weights, heads = _from_augreg(weights, path)
-    elif any(key.startswith("visual.") for key in weights):
-        family, preprocessing = ("quick_gelu", 1e-5, True), CLIP
-        weights = _from_clip(weights)
-        if activation is None and all(
-            value.dtype != torch.float16 for value in weights.values()
-        ):  # OpenAI's have halves
-            warnings.warn(
-                f"{path} does not tell its activation: taken to be OpenAI's QuickGELU; pass activation='gelu' for "
-                "open_clip's LAION weights",
-                stacklevel=2,
-            )
-    elif any(key.startswith("backbone.") for key in weights):
-        try:
-            ours = file["architecture"]["backbone"]
-            family, heads = (
-                (ours["activation"], ours["norm_eps"], ours["pre_norm"]),
-                {ours["heads"]},
-            )
-            preprocessing = Preprocessing(
-                file["preprocessing"]["mean"], file["preprocessing"]["std"]
-            )
-        except (KeyError, TypeError):
-            raise WeightsError(
-                f"{path} has a checkpoint's weights without its architecture or preprocessing: give the best.pt or "
-                "last.pt of a run as it was written"
-            ) from None
-        weights = {
-            key.removeprefix("backbone."): value
-            for key, value in weights.items()
-            if key.startswith("backbone.")
-        }
-    elif any(key.startswith(("patch_embed.", "blocks.")) for key in weights):
-        weights = {
-            key: value
-            for key, value in weights.items()
-            if not key.startswith(("head.", "pre_logits."))
-        }
-        family, preprocessing = ("gelu", 1e-6, False), HALF
-        if any(key.startswith("norm_pre.") for key in weights):
-            family, preprocessing = ("gelu", 1e-5, True), CLIP
-            if activation is None:
-                warnings.warn(
-                    f"{path} does not tell its activation: taken to be timm's default, GELU; pass "
-                    "activation='quick_gelu' for timm's quickgelu models",
-                    stacklevel=2,
-                )
-    else:
-        raise WeightsError(
-            f"{path} holds no ViT in AugReg, timm or CLIP layout (its first keys: {_some(weights)}): give one of "
-            "those, or a checkpoint of udon.py"
-        )
-    family = (activation or family[0], *family[1:])
-    _check(vit, weights, heads, family, path)
-    vit.set_family(*family)
-    vit.load_state_dict(weights)
-    return preprocessing
+    name: str
+    activation: str
+    norm_eps: float
+    pre_norm: bool
+    preprocessing: Preprocessing
+    caution: str = ""  # when the assumptions do not hold
+    activation_source: str = "assumed"
+    preprocessing_source: str = "assumed"
+    heads: int | None = None  # attention heads, where the file tells
 
 
-def _read(path):
-    """{key: tensor} of a weight file, unwrapped from "state_dict", "model" and "module.", and the file's whole content."""
-    try:
-        if str(path).endswith(".npz"):
-            with np.load(path, allow_pickle=False) as file:
-                return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}, None
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path), None
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch.jit.load is deprecated; OpenAI's archives are of that kind
-            if _is_torchscript(path):
-                content = torch.jit.load(path, map_location="cpu").state_dict()
-            else:
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise WeightsError(
-            f"{path} needs the package safetensors: pip install safetensors"
-        ) from None
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be opened: {error.strerror or error}") from None
-    except pickle.UnpicklingError:
-        raise WeightsError(
-            f"{path} holds other Python objects than tensors, or is no weight file: save a state dict to "
-            "it"
-        ) from None
-    except Exception as error:  # zip, numpy, torch and safetensors have no error in common
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WeightsError(
-            f"{path} is no weight file that can be read ({reason}): give a .npz, .safetensors, .pt or .pth "
-            "file of weights"
-        ) from None
-    weights = content
-    for wrapper in ("state_dict", "model"):
-        if isinstance(weights, dict) and isinstance(weights.get(wrapper), dict):
-            weights = weights[wrapper]
-    if not isinstance(weights, dict):
-        raise WeightsError(
-            f"{path} holds a {type(content).__name__}: give a file that holds a state dict"
-        )
-    return {
-        key.removeprefix("module."): value
-        for key, value in weights.items()
-        if isinstance(key, str) and isinstance(value, torch.Tensor)
-    }, content
+AUGREG = Family("AugReg", "gelu_tanh", 1e-6, False, HALF, "", "by family", "by family")
+MAE = Family("MAE", "gelu", 1e-6, False, IMAGENET)
+DINO = Family("DINO-like", "gelu", 1e-6, False, IMAGENET)
+TIMM_CAUTION = "DINO, DeiT and MAE encoders have the same keys and need statistics 'imagenet'"
+TIMM = Family("timm ViT", "gelu", 1e-6, False, HALF, TIMM_CAUTION)
+TIMM_CLIP_CAUTION = "timm's quickgelu models need activation 'quick_gelu'"
+TIMM_CLIP = Family("timm CLIP", "gelu", 1e-5, True, CLIP, TIMM_CLIP_CAUTION)
+OPENAI = Family("OpenAI CLIP", "quick_gelu", 1e-5, True, CLIP, "", "by family", "by family")
+OPEN_CLIP_CAUTION = "open_clip's LAION weights need activation 'gelu', some also statistics 'half'"
+OPEN_CLIP = Family("CLIP", "quick_gelu", 1e-5, True, CLIP, OPEN_CLIP_CAUTION)
 
 
-def _is_torchscript(path):
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("constants.pkl") for name in archive.namelist())
+class Layout(NamedTuple):
+    """How the keys of a family are recognised."""
+
+    marks: tuple[str, ...]  # prefixes that only this layout has
+    ignored: tuple[str, ...]  # prefixes of keys outside the backbone
+    cls_token: str
+    pooling: tuple[str, ...]  # prefixes of keys of networks that pool their patches
 
 
-_BLOCK = r"Transformer/encoderblock_(\d+)/"
-_ATTENTION = (
-    _BLOCK + r"MultiHeadDotProductAttention_[01]/"
-)  # _1, LayerNorm_2, MlpBlock_3; in later versions _0, _1, _0
-_AUGREG = (  # key, timm's name, dimensions, (in, out) -> (out, in)
-    (r"cls", "cls_token", 3, None),
-    (r"Transformer/posembed_input/pos_embedding", "pos_embed", 3, None),
-    (
-        r"embedding/kernel",
-        "patch_embed.proj.weight",
-        4,
-        lambda x: x.permute(3, 2, 0, 1),
-    ),  # HWIO -> OIHW
-    (r"embedding/bias", "patch_embed.proj.bias", 1, None),
-    (r"Transformer/encoder_norm/scale", "norm.weight", 1, None),
-    (r"Transformer/encoder_norm/bias", "norm.bias", 1, None),
-    (_BLOCK + r"LayerNorm_0/scale", r"blocks.\1.norm1.weight", 1, None),
-    (_BLOCK + r"LayerNorm_0/bias", r"blocks.\1.norm1.bias", 1, None),
-    (_BLOCK + r"LayerNorm_[12]/scale", r"blocks.\1.norm2.weight", 1, None),
-    (_BLOCK + r"LayerNorm_[12]/bias", r"blocks.\1.norm2.bias", 1, None),
-    (
-        _ATTENTION + r"(query|key|value)/kernel",
-        r"blocks.\1.attn.\2.weight",
-        3,
-        lambda x: x.flatten(1).T,
+LAYOUTS = {
+    "AugReg": Layout(("Transformer/",), ("head/", "pre_logits/"), "cls", ("MAPHead_0/",)),
+    "CLIP": Layout(
+        ("visual.",), ("visual.proj",), "visual.class_embedding", ("visual.attn_pool.",)
     ),
-    (_ATTENTION + r"(query|key|value)/bias", r"blocks.\1.attn.\2.bias", 2, lambda x: x.flatten()),
-    (_ATTENTION + r"out/kernel", r"blocks.\1.attn.proj.weight", 3, lambda x: x.flatten(0, 1).T),
-    (_ATTENTION + r"out/bias", r"blocks.\1.attn.proj.bias", 1, None),
-    (_BLOCK + r"MlpBlock_[03]/Dense_0/kernel", r"blocks.\1.mlp.fc1.weight", 2, lambda x: x.T),
-    (_BLOCK + r"MlpBlock_[03]/Dense_0/bias", r"blocks.\1.mlp.fc1.bias", 1, None),
-    (_BLOCK + r"MlpBlock_[03]/Dense_1/kernel", r"blocks.\1.mlp.fc2.weight", 2, lambda x: x.T),
-    (_BLOCK + r"MlpBlock_[03]/Dense_1/bias", r"blocks.\1.mlp.fc2.bias", 1, None),
-)
+    "timm": Layout(
+        ("patch_embed.", "blocks."),
+        ("head.", "pre_logits.", "decoder_", "mask_token"),
+        "cls_token",
+        ("fc_norm.", "attn_pool."),
+    ),
+}
 
 
-def _from_augreg(weights, path):
-    """AugReg's arrays under timm's names (any others under their own), and the set of their numbers of attention heads."""
-    renamed, heads = {}, set()
-    for key, value in weights.items():
-        if key.startswith(("head/", "pre_logits/")):
-            continue
-        name = key
-        for pattern, template, dimensions, transform in _AUGREG:
-            if match := re.fullmatch(pattern, key):
-                if value.ndim != dimensions:
-                    raise WeightsError(
-                        f"{path} has {key} of shape {tuple(value.shape)}: {dimensions} dimensions are needed"
-                    )
-                if key.endswith("query/kernel"):
-                    heads.add(value.shape[1])
-                name, value = match.expand(template), transform(value) if transform else value
-        if name in renamed:
-            raise WeightsError(
-                f"{path} has {key} and another array for {name}: give a file of one version"
-            )
-        renamed[name] = value
-    for query in [name for name in renamed if ".attn.query." in name]:
-        parts = [query.replace("query", part) for part in ("query", "key", "value")]
-        if all(part in renamed for part in parts):  # otherwise attn.qkv is reported as missing
-            renamed[query.replace("query", "qkv")] = torch.cat(
-                [renamed.pop(part) for part in parts]
-            )
-    return renamed, heads
+def load(
+    vit: nn.Module,
+    path: str | os.PathLike,
+    *,
+    activation: str | None = None,
+    statistics: str | None = None,
+) -> Preprocessing:
+    """Fills `vit`, a model.ViT, in place and returns the statistics that its images need.
+
+    path        .npz (AugReg), .safetensors, or a file for torch.load(weights_only=True) or
+                torch.jit.load. State dicts may be wrapped ("state_dict", "model", ...; averaged
+                weights come before raw ones) or have prefixes such as "module.".
+    activation  overrides the family's activation
+    statistics  a key of STATISTICS, overrides the family's mean and std
+    Without these, config.json (timm, transformers), preprocessor_config.json and
+    open_clip_config.json beside the file are read. A warning names the recognised family and where
+    activation and statistics come from; checkpoints of this project need none. Another warning says
+    that the position table was resized to the ViT's grid.
+    Sets the ViT's activation, norm_eps and pre_norm. Heads and text towers are ignored.
+    Raises WeightsError, and leaves the ViT unchanged, for files of another kind, missing or unknown
+    keys, shapes other than the ViT's, and tensors that are not finite floating-point numbers.
+    """
+    path = Path(path)
+    try:
+        if statistics is not None and statistics not in STATISTICS:
+            raise WeightsError(f"statistics {statistics!r} are unknown: use one of {[*STATISTICS]}")
+        checkpoint = _read(path)
+        family, weights = _recognise(checkpoint)
+        notes = []
+        if not checkpoint.is_own:
+            family = _with_configs(family, path, width=weights["cls_token"].numel())
+        if activation is not None:
+            family = family._replace(activation=activation, activation_source="given")
+        if statistics is not None:
+            preprocessing = STATISTICS[statistics]
+            family = family._replace(preprocessing=preprocessing, preprocessing_source="given")
+        if not checkpoint.is_own:
+            notes.append(_describe(family, checkpoint.wrappers))
+        notes += _fit(vit, weights, family)
+        for note in notes:
+            warnings.warn(f"{path}: {note}", stacklevel=2)
+        vit.set_family(family.activation, family.norm_eps, family.pre_norm)
+    except ValueError as error:  # WeightsError, or the ViT's own
+        raise WeightsError(f"{path}: {error}") from None
+    vit.load_state_dict(weights)
+    return family.preprocessing
 
 
-def _from_clip(weights):
-    """The image tower of an OpenAI / open_clip state dict under timm's names."""
-    renamed = {}
-    for key, value in weights.items():
-        if not key.startswith("visual.") or key == "visual.proj":
-            continue
-        name = key.removeprefix("visual.")
-        for old, new in (
-            ("class_embedding", "cls_token"),
-            ("positional_embedding", "pos_embed"),
-            ("conv1.", "patch_embed.proj."),
-            ("ln_pre.", "norm_pre."),
-            ("ln_post.", "norm."),
-            ("transformer.resblocks.", "blocks."),
-            (".ln_1.", ".norm1."),
-            (".ln_2.", ".norm2."),
-            (".attn.in_proj_", ".attn.qkv."),
-            (".attn.out_proj.", ".attn.proj."),
-            (".mlp.c_fc.", ".mlp.fc1."),
-            (".mlp.c_proj.", ".mlp.fc2."),
-        ):
-            name = name.replace(old, new)
-        renamed[name] = value
-    for name, dimensions in (
-        ("cls_token", 1),
-        ("pos_embed", 2),
-    ):  # (D,) -> (1, 1, D), (N+1, D) -> (1, N+1, D)
-        if name in renamed and renamed[name].ndim == dimensions:
-            renamed[name] = renamed[name].reshape(1, -1, renamed[name].shape[-1])
-    return renamed
+def resize_position_table(table: Tensor, grid: int) -> Tensor:
+    """(1, 1 + n*n, D) -> (1, 1 + grid*grid, D) float32, by antialiased bicubic interpolation.
 
-
-def _check(vit, weights, heads, family, path):
-    """Resizes the position table within `weights` and makes sure that they fill a ViT of `family` exactly."""
-    expected = {key: value.shape for key, value in vit.state_dict().items()}
-    width, stem = vit.architecture["width"], vit.architecture["stem"]
-    for key in ("norm_pre.weight", "norm_pre.bias", "patch_embed.proj.bias"):
-        expected.pop(key, None)
-    if family[2]:
-        expected |= {"norm_pre.weight": (width,), "norm_pre.bias": (width,)}
-    elif stem == "patch":
-        expected |= {"patch_embed.proj.bias": (width,)}
-    if missing := sorted(expected.keys() - weights.keys()):
-        raise WeightsError(
-            f"{path} lacks {len(missing)} keys of the backbone ({_some(missing)}): give a whole file, or a model of "
-            "its depth and stem"
-        )
-    if left_over := sorted(weights.keys() - expected.keys()):
-        raise WeightsError(
-            f"{path} has {len(left_over)} keys that the backbone does not know ({_some(left_over)}): give a file "
-            "of the backbone's family and depth"
-        )
-    if heads - {vit.architecture["heads"]}:
-        raise WeightsError(
-            f"{path} has {sorted(heads)} attention heads, the model {vit.architecture['heads']}: choose the model's "
-            "size after the file"
-        )
-    table, shape = weights["pos_embed"], expected["pos_embed"]
-    if table.ndim == 3 and table.shape[1] != shape[1]:
-        old, new = (round(max(tokens - 1, 0) ** 0.5) for tokens in (table.shape[1], shape[1]))
-        if old < 1 or old * old != table.shape[1] - 1:
-            raise WeightsError(
-                f"{path} has pos_embed of {table.shape[1]} rows: 1 + a square number is needed"
-            )
-        weights["pos_embed"] = resize_position_table(table, new)
-        warnings.warn(
-            f"position table of {path} resized from {old} x {old} to {new} x {new}", stacklevel=3
-        )
-    for key, wanted in expected.items():
-        if tuple(weights[key].shape) != tuple(wanted):
-            raise WeightsError(
-                f"{path} has {key} of shape {tuple(weights[key].shape)}, the model {tuple(wanted)}: choose the "
-                "model's size after the file"
-            )
-
-
-def resize_position_table(table, grid):
-    """(1, 1 + n*n, D) -> (1, 1 + grid*grid, D) float32: the CLS row kept, the others resized (bicubic, antialiased)."""
+    The row of the CLS token, the first one, is kept.
+    """
     table = table.float()
-    n = round((table.shape[1] - 1) ** 0.5)
+    n = math.isqrt(table.shape[1] - 1)
     cls, rest = table[:, :1], table[:, 1:]
     rest = rest.unflatten(1, (n, n)).permute(0, 3, 1, 2)  # (1, D, n, n)
     rest = F.interpolate(rest, (grid, grid), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([cls, rest.flatten(2).transpose(1, 2)], dim=1)
 
 
-def _some(keys):
+# ---- reading a file ------------------------------------------------------------------------------
+
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")  # averaged ones first
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+CLS_REMEDY = "give weights of a network that reads the CLS token"
+
+
+class Checkpoint(NamedTuple):
+    content: Any  # the whole file
+    weights: dict[str, Tensor]  # without wrappers and prefixes
+    wrappers: tuple[str, ...]  # around the weights, outermost first
+    is_torchscript: bool
+    is_own: bool  # a checkpoint of udon.py
+
+
+def _read(path: Path) -> Checkpoint:
+    _refuse_other_formats(path)
+    is_torchscript = False
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                content = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
+        elif path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            is_torchscript = _is_torchscript(path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch.jit.load is deprecated
+                if is_torchscript:
+                    content = torch.jit.load(path, map_location="cpu").state_dict()
+                else:
+                    content = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise WeightsError("the package safetensors is missing: pip install safetensors") from None
+    except pickle.UnpicklingError:
+        raise WeightsError(
+            "not a weight file, or it holds other objects than tensors: save a state dict to it"
+        ) from None
+    except Exception as error:  # zip, numpy, torch and safetensors share no exception class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise WeightsError(
+            f"not a readable weight file ({reason}): give a .npz, .safetensors, .pt or .pth file"
+        ) from None
+    return _unwrap(content, is_torchscript)
+
+
+def _refuse_other_formats(path: Path) -> None:
+    try:
+        if path.exists() and not path.is_file():
+            raise WeightsError("this is a folder or a device: give a weight file")
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise WeightsError(f"cannot be opened ({error.strerror or error}): give another") from None
+    if not head:
+        raise WeightsError("the file is empty: download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise WeightsError("this is a git-lfs pointer, not the weights: run git lfs pull")
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html")):
+        raise WeightsError("this is a web page: download the file that the page links to")
+    is_msgpack = re.match(rb"([\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf\xd9]", head, re.DOTALL)
+    if is_msgpack or path.suffix == ".msgpack":
+        raise WeightsError("this is Flax msgpack: give the model's PyTorch or .npz weights")
+    if head.startswith(b"\x89HDF"):
+        raise WeightsError("this is HDF5, from Keras: give the model's PyTorch or .npz weights")
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("constants.pkl") for name in archive.namelist())
+
+
+def _unwrap(content: Any, is_torchscript: bool) -> Checkpoint:
+    values, wrappers = content, ()
+    while isinstance(values, dict) and len(wrappers) < 4:  # a dict can contain itself
+        name = next((name for name in WRAPPERS if isinstance(values.get(name), dict)), None)
+        if name is None:
+            break
+        values, wrappers = values[name], (*wrappers, name)
+    if not isinstance(values, dict):
+        raise WeightsError(f"it holds a {type(content).__name__}: give a file with a state dict")
+    weights = {
+        key: value
+        for key, value in values.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
+    is_own = any(key.startswith("backbone.") for key in weights) and (
+        "architecture" in content or any(key.startswith("student_head.") for key in weights)
+    )
+    first_keys = _some(weights)
+    while _layout(weights) is None:
+        prefixes = [p for p in PREFIXES if any(key.startswith(p) for key in weights)]
+        if not prefixes:
+            raise WeightsError(
+                f"no ViT in AugReg, timm or CLIP layout (first keys: {first_keys}): give one of "
+                "these, or a checkpoint of udon.py"
+            )
+        weights = {
+            key.removeprefix(prefixes[0]): value
+            for key, value in weights.items()
+            if key.startswith(prefixes[0])
+        }
+    return Checkpoint(content, weights, wrappers, is_torchscript, is_own)
+
+
+def _layout(weights: dict[str, Tensor]) -> str | None:
+    for name, layout in LAYOUTS.items():
+        if any(key.startswith(layout.marks) for key in weights):
+            return name
+    return None
+
+
+# ---- recognising the family ----------------------------------------------------------------------
+
+
+def _recognise(checkpoint: Checkpoint) -> tuple[Family, dict[str, Tensor]]:
+    """The family, and the backbone's tensors under timm's names."""
+    name = _layout(checkpoint.weights)
+    layout = LAYOUTS[name]
+    weights = {
+        key: value
+        for key, value in checkpoint.weights.items()
+        if not key.startswith(layout.ignored) and (name != "CLIP" or key.startswith("visual."))
+    }
+    if layout.cls_token not in weights:
+        raise WeightsError(f"there is no CLS token, {layout.cls_token}: {CLS_REMEDY}")
+    if pooling := [key for key in weights if key.startswith(layout.pooling)]:
+        raise WeightsError(f"{_some(pooling)} belong to a network that pools patches: {CLS_REMEDY}")
+    _check_tensors(weights)
+    if checkpoint.is_own:
+        return _own_family(checkpoint.content), weights
+    if name == "AugReg":
+        weights, heads = _from_augreg(weights)
+        return AUGREG._replace(heads=heads), weights
+    if name == "CLIP":
+        if not any(key.startswith("visual.ln_pre.") for key in weights):  # CLIPA
+            raise WeightsError(f"visual.ln_pre is missing, as in networks that pool: {CLS_REMEDY}")
+        return OPENAI if checkpoint.is_torchscript else OPEN_CLIP, _from_clip(weights)
+    if any(key.startswith("norm_pre.") for key in weights):
+        return TIMM_CLIP, weights
+    if any(key.startswith("decoder_") for key in checkpoint.weights):
+        return MAE, weights
+    return DINO if "teacher" in checkpoint.wrappers else TIMM, weights
+
+
+def _check_tensors(weights: dict[str, Tensor]) -> None:
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for key, value in weights.items():
+        if value.layout != torch.strided or value.is_nested:
+            problem = "is sparse or nested"
+        elif value.is_quantized or value.dtype not in dtypes:
+            problem = f"has dtype {value.dtype}"
+        elif value.is_meta:
+            problem = "is on the meta device, without values"
+        elif value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            problem = f"has shape {tuple(value.shape)}, but fewer values in the file"
+        elif not value.float().isfinite().all():
+            problem = "has NaN or infinite values"
+        else:
+            continue
+        raise WeightsError(f"{key} {problem}: dense, finite floating-point weights are needed")
+
+
+def _own_family(content: Any) -> Family:
+    try:
+        backbone, statistics = content["architecture"]["backbone"], content["preprocessing"]
+        preprocessing = _preprocessing({"mean": statistics["mean"], "std": statistics["std"]})
+        names = ("activation", "norm_eps", "pre_norm", "heads")
+        activation, norm_eps, pre_norm, heads = (backbone[name] for name in names)
+    except (KeyError, TypeError):
+        raise WeightsError(
+            "a checkpoint's weights without its architecture or preprocessing: give the best.pt or "
+            "last.pt of a run as it was written"
+        ) from None
+    is_valid = isinstance(activation, str) and isinstance(pre_norm, bool) and preprocessing
+    if not (is_valid and isinstance(norm_eps, float) and 0 < norm_eps < 1):
+        raise WeightsError(
+            f"the architecture or preprocessing is invalid ({backbone}, {statistics}): give the "
+            "best.pt or last.pt of a run as it was written"
+        )
+    return Family("own", activation, norm_eps, pre_norm, preprocessing, heads=heads)
+
+
+def _describe(family: Family, wrappers: tuple[str, ...]) -> str:
+    place = f" in {'.'.join(wrappers)!r}" if wrappers else ""
+    names = [name for name, value in STATISTICS.items() if value == family.preprocessing]
+    statistics = names[0] if names else f"{family.preprocessing.mean}, {family.preprocessing.std}"
+    text = (
+        f"{family.name} weights{place}; activation {family.activation} "
+        f"({family.activation_source}), statistics {statistics} ({family.preprocessing_source})"
+    )
+    if "assumed" not in (family.activation_source, family.preprocessing_source):
+        return text
+    caution = f"; {family.caution}" if family.caution else ""
+    remedy = "set activation (--init-activation) or statistics (--init-statistics) if this is wrong"
+    return f"{text}{caution}; {remedy}"
+
+
+# ---- configuration files beside the weights ------------------------------------------------------
+
+CONFIGS = ("open_clip_config.json", "config.json", "preprocessor_config.json")
+SECTIONS = ("vision_config", "pretrained_cfg", "preprocess_cfg", "model_cfg")
+HIDDEN_ACTS = {  # transformers' names
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}
+
+
+def _with_configs(family: Family, path: Path, width: int) -> Family:
+    """Replaces what is assumed by what the files of timm, transformers and open_clip tell."""
+    if "assumed" not in (family.activation_source, family.preprocessing_source):
+        return family
+    for file in CONFIGS:
+        config = _read_json(path.with_name(file))
+        sections = [config[key] for key in SECTIONS if isinstance(config.get(key), dict)] + [config]
+        if any(_width(section) not in (None, width) for section in sections):
+            continue  # describes another network
+        for section in sections:
+            pool = section.get("global_pool")
+            if pool in ("avg", "avgmax", "max", "map"):
+                raise WeightsError(f"global_pool is {pool!r} in {file}: {CLS_REMEDY}")
+            activation, preprocessing = _activation(section), _preprocessing(section)
+            if activation and family.activation_source == "assumed":
+                family = family._replace(activation=activation, activation_source=file)
+            if preprocessing and family.preprocessing_source == "assumed":
+                family = family._replace(preprocessing=preprocessing, preprocessing_source=file)
+    return family
+
+
+def _read_json(path: Path) -> dict:
+    """{} unless `path` is a file that holds a JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _width(section: dict) -> Any:
+    if isinstance(section.get("vision_cfg"), dict):
+        return section["vision_cfg"].get("width")
+    return section.get("hidden_size", section.get("num_features"))
+
+
+def _activation(section: dict) -> str | None:
+    architecture = section.get("architecture")
+    if isinstance(section.get("vision_cfg"), dict):  # open_clip
+        return "quick_gelu" if section.get("quick_gelu") else "gelu"
+    if isinstance(architecture, str) and architecture.startswith(("vit_", "deit")):  # timm
+        return "quick_gelu" if "quickgelu" in architecture else "gelu"
+    return HIDDEN_ACTS.get(str(section.get("hidden_act")))
+
+
+def _preprocessing(section: dict) -> Preprocessing | None:
+    """The section's mean and std, if they are three finite numbers each and std is positive."""
+    mean = section.get("image_mean", section.get("mean"))
+    std = section.get("image_std", section.get("std"))
+    for values in (mean, std):
+        if not isinstance(values, (list, tuple)) or len(values) != 3:
+            return None
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+            return None
+    return Preprocessing(tuple(mean), tuple(std)) if min(std) > 0 else None
+
+
+# ---- other layouts under timm's names ------------------------------------------------------------
+
+
+_AUGREG_NAMES = (  # LayerNorm_2, MultiHead..._1 and MlpBlock_3 end in _1, _0 and _0 in later files
+    (r"^cls$", "cls_token"),
+    (r"^embedding/", "patch_embed.proj/"),
+    (r"^Transformer/posembed_input/pos_embedding$", "pos_embed"),
+    (r"^Transformer/encoder_norm/", "norm/"),
+    (r"^Transformer/encoderblock_", "blocks/"),
+    (r"/LayerNorm_0/", "/norm1/"),
+    (r"/LayerNorm_[12]/", "/norm2/"),
+    (r"/MultiHeadDotProductAttention_[01]/out/", "/attn/proj/"),
+    (r"/MultiHeadDotProductAttention_[01]/", "/attn/"),
+    (r"/MlpBlock_[03]/Dense_0/", "/mlp/fc1/"),
+    (r"/MlpBlock_[03]/Dense_1/", "/mlp/fc2/"),
+    (r"/(kernel|scale)$", "/weight"),
+    (r"/", "."),
+)
+_AUGREG_SHAPES = (  # name, dimensions in the file, transform; kernels are (in, out) there
+    (r"patch_embed.proj.weight", 4, lambda x: x.permute(3, 2, 0, 1)),  # HWIO -> OIHW
+    (r".*.attn.(query|key|value).weight", 3, lambda x: x.flatten(1).T),  # (D, heads, D/heads)
+    (r".*.attn.(query|key|value).bias", 2, lambda x: x.flatten()),  # (heads, D/heads)
+    (r".*.attn.proj.weight", 3, lambda x: x.flatten(0, 1).T),  # (heads, D/heads, D)
+    (r".*.mlp.fc[12].weight", 2, lambda x: x.T),
+)
+_CLIP_NAMES = (
+    (r"^visual\.", ""),
+    (r"^class_embedding$", "cls_token"),
+    (r"^positional_embedding$", "pos_embed"),
+    (r"^conv1\.", "patch_embed.proj."),
+    (r"^ln_pre\.", "norm_pre."),
+    (r"^ln_post\.", "norm."),
+    (r"^transformer\.resblocks\.", "blocks."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.attn\.in_proj_", ".attn.qkv."),
+    (r"\.attn\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+)
+
+
+def _rename(key: str, names: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in names:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _from_augreg(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], int | None]:
+    """AugReg's arrays under timm's names, and the number of attention heads."""
+    renamed, heads = {}, None
+    for key, value in weights.items():
+        name = _rename(key, _AUGREG_NAMES)
+        if name in renamed:
+            raise WeightsError(f"{key} and another array are both {name}: give one version's file")
+        for pattern, dimensions, transform in _AUGREG_SHAPES:
+            if re.fullmatch(pattern, name):
+                if value.ndim != dimensions:
+                    raise WeightsError(f"{key} has {value.ndim} dimensions, not {dimensions}")
+                heads = value.shape[1] if name.endswith("query.weight") else heads
+                value = transform(value)
+        renamed[name] = value
+    for query in [name for name in renamed if ".attn.query." in name]:
+        names = [query.replace("query", part) for part in ("query", "key", "value")]
+        if all(name in renamed for name in names):  # otherwise attn.qkv is reported as missing
+            parts = [renamed.pop(name) for name in names]
+            renamed[query.replace("query", "qkv")] = torch.cat(parts)
+    return renamed, heads
+
+
+def _from_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {_rename(key, _CLIP_NAMES): value for key, value in weights.items()}
+    for key, dimensions in (("cls_token", 1), ("pos_embed", 2)):  # (D,), (N+1, D) in the file
+        if key in renamed and renamed[key].ndim == dimensions:
+            renamed[key] = renamed[key].reshape(1, -1, renamed[key].shape[-1])
+    return renamed
+
+
+# ---- fitting the ViT -----------------------------------------------------------------------------
+
+
+def _fit(vit: nn.Module, weights: dict[str, Tensor], family: Family) -> list[str]:
+    """Checks that `weights` fill a ViT of `family`; resizes their position table, with a note."""
+    shapes = {key: tuple(value.shape) for key, value in vit.state_dict().items()}
+    width, heads = vit.architecture["width"], vit.architecture["heads"]
+    for key in ("norm_pre.weight", "norm_pre.bias", "patch_embed.proj.bias"):
+        shapes.pop(key, None)
+    if family.pre_norm:
+        shapes |= {"norm_pre.weight": (width,), "norm_pre.bias": (width,)}
+    elif vit.architecture["stem"] == "patch":
+        shapes |= {"patch_embed.proj.bias": (width,)}
+    if missing := sorted(shapes.keys() - weights.keys()):
+        raise WeightsError(
+            f"lacks {len(missing)} keys of the backbone ({_some(missing)}): give a whole file, or "
+            "choose a model of its depth and stem"
+        )
+    if unknown := sorted(weights.keys() - shapes.keys()):
+        raise WeightsError(
+            f"has {len(unknown)} keys that the backbone lacks ({_some(unknown)}): give a file of "
+            "the backbone's family and depth"
+        )
+    if family.heads not in (None, heads):
+        raise WeightsError(
+            f"has {family.heads} attention heads, the model {heads}: choose the file's model size"
+        )
+    for key, shape in shapes.items():
+        actual = tuple(weights[key].shape)
+        if actual != shape and not (key == "pos_embed" and actual[::2] == shape[::2]):
+            raise WeightsError(
+                f"{key} has shape {actual}, in the model {shape}: choose the file's model size"
+            )
+    rows, new_rows = weights["pos_embed"].shape[1], shapes["pos_embed"][1]
+    if rows == new_rows:
+        return []
+    grid, new_grid = math.isqrt(max(rows - 1, 0)), math.isqrt(new_rows - 1)
+    if grid < 1 or 1 + grid * grid != rows:
+        raise WeightsError(
+            f"pos_embed has {rows} rows, not one for the CLS token and a square grid of patches: "
+            "give weights for square images"
+        )
+    weights["pos_embed"] = resize_position_table(weights["pos_embed"], new_grid)
+    return [f"position table resized from {grid} x {grid} to {new_grid} x {new_grid}"]
+
+
+def _some(keys: Iterable[str]) -> str:
     keys = list(keys)
     return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
 
 
-def main(arguments):
+# ---- python pretrained.py RUN/best.pt FILE.pt ----------------------------------------------------
+
+
+def main(arguments: list[str]) -> None:
+    """Writes the backbone of a checkpoint in half precision; exits with status 2 on an error."""
     try:
         if len(arguments) != 2:
-            raise WeightsError(
-                f"{len(arguments)} arguments were given: give two, RUN/best.pt and the file to write"
-            )
-        source, target = arguments
-        weights, file = _read(source)
-        try:
-            kept = {
-                "model": {
-                    key: value.half()
-                    for key, value in weights.items()
-                    if key.startswith("backbone.")
-                },
-                "architecture": {"backbone": file["architecture"]["backbone"]},
-                "preprocessing": file["preprocessing"],
-            }
-        except (KeyError, TypeError):
-            raise WeightsError(
-                f"{source} is no checkpoint of udon.py: give a best.pt or last.pt"
-            ) from None
-        if os.path.isdir(target) or not os.path.isdir(os.path.dirname(target) or "."):
-            raise WeightsError(f"{target} cannot be written: give a file in a folder that exists")
-        torch.save(kept, f"{target}.partial")
-        os.replace(f"{target}.partial", target)
+            raise WeightsError(f"give two files, RUN/best.pt and the one to write, not {arguments}")
+        _extract(*map(Path, arguments))
     except (WeightsError, OSError, RuntimeError) as error:
         print(f"pretrained.py: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _extract(source: Path, target: Path) -> None:
+    try:
+        checkpoint = _read(source)
+        if not checkpoint.is_own:
+            raise WeightsError("this is not a checkpoint of udon.py: give a best.pt or last.pt")
+        _own_family(checkpoint.content)
+        weights = {key: value.half() for key, value in checkpoint.weights.items()}
+        _check_tensors(weights)
+    except WeightsError as error:
+        raise WeightsError(f"{source}: {error}") from None
+    if target.is_dir() or not target.parent.is_dir():
+        raise WeightsError(f"{target} cannot be written: give a file in an existing folder")
+    content = {
+        "model": {f"backbone.{key}": value for key, value in weights.items()},
+        "architecture": {"backbone": checkpoint.content["architecture"]["backbone"]},
+        "preprocessing": checkpoint.content["preprocessing"],
+    }
+    partial = Path(f"{target}.partial")
+    try:
+        torch.save(content, partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
