@@ -483,7 +483,7 @@ def test_a_state_consists_of_plain_values():
 # ---- independence of the call pattern ------------------------------------------------------------
 
 
-@property_test
+@settings(deadline=None, max_examples=15)  # many calls per step
 @given(cases(), st.integers(0, 2**32 - 1))
 def test_reading_and_global_random_state_change_nothing(case, seed):
     arguments, losses = case
