@@ -223,7 +223,7 @@ def _refuse_other_formats(path: Path) -> None:
         with open(path, "rb") as file:
             head = file.read(64)
     except OSError as error:
-        raise WeightsError(f"cannot be opened ({error.strerror or error}): give another") from None
+        raise WeightsError(f"cannot be opened ({error.strerror or error}): check the path") from None
     if not head:
         raise WeightsError("the file is empty: download it again")
     if head.startswith(b"version https://git-lfs"):
@@ -428,13 +428,13 @@ def _activation(section: dict) -> str | None:
 
 
 def _preprocessing(section: dict) -> Preprocessing | None:
-    """The section's mean and std, if they are three finite numbers each and std is positive."""
+    """The section's mean and std, if they are three numbers each and std is positive."""
     mean = section.get("image_mean", section.get("mean"))
     std = section.get("image_std", section.get("std"))
     for values in (mean, std):
         if not isinstance(values, (list, tuple)) or len(values) != 3:
             return None
-        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+        if not all(isinstance(value, (int, float)) and -1e6 < value < 1e6 for value in values):
             return None
     return Preprocessing(tuple(mean), tuple(std)) if min(std) > 0 else None
 

@@ -642,6 +642,7 @@ def test_options_override_configuration_files(tmp_path):
         json.dumps({"mean": [0.5, 0.5], "std": [1, 1, 1], "hidden_act": "swish"}),
         json.dumps({"mean": [math.nan, 0, 0], "std": [1, 1, 1], "hidden_act": ["gelu"]}),
         json.dumps({"mean": [0, 0, 0], "std": [0, 1, 1], "architecture": "resnet50"}),
+        json.dumps({"mean": [0, 0, 10**400], "std": [1, 1, 1]}),
         json.dumps({"image_mean": "0.5", "image_std": None, "pretrained_cfg": []}),
         json.dumps([1, 2]),
         "{",
