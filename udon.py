@@ -349,7 +349,10 @@ def build_model(config: Config, classes: dict[str, int]) -> tuple[UDON, dict, di
             raise ConfigError(str(error)) from None
         if config.init != "scratch":
             preprocessing = pretrained.load(
-                model.backbone, initial_weights(config), activation=config.init_activation
+                model.backbone,
+                initial_weights(config),
+                activation=config.init_activation,
+                statistics=config.init_statistics,
             )
     for note in notes:
         print(f"note: {note.message}")
