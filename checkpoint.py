@@ -12,10 +12,12 @@ A checkpoint is a dictionary: "version", "model" (state dict), "architecture" (t
 and the sampler.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
-import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -100,21 +102,50 @@ def load(path: str | os.PathLike, device: str = "cpu") -> tuple[UDON, dict]:
     """
     contents = read(path)
     try:
-        contents["preprocessing"]["antialias"], contents["config"]["data"], contents["step"]
+        check_description(contents)
         check_depth(contents["architecture"], contents["model"])
         with torch.device("meta"):
             described = build(contents["architecture"])
-        shapes = {name: tensor.shape for name, tensor in contents["model"].items()}
-        if shapes != {name: tensor.shape for name, tensor in described.state_dict().items()}:
+        if properties(contents["model"]) != properties(described.state_dict()):
             raise ValueError("the description does not fit the tensors")
         model = build(contents["architecture"])
         model.load_state_dict(contents["model"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a file made by hand can hold anything
         raise CheckpointError(
             f"checkpoint {path} is incomplete ({summary(error)}): give a best.pt or last.pt as a "
             "run wrote it"
         ) from None
     return model.to(device).eval(), contents
+
+
+def properties(weights):
+    return {name: (x.shape, x.dtype, x.layout) for name, x in weights.items()}
+
+
+KINDS = {"architecture": dict, "preprocessing": dict, "model": dict, "config": dict}
+KINDS |= {"step": int, "embedding": str, "index": str, "run": str}
+
+
+def check_description(contents):
+    """Raises KeyError, TypeError or ValueError unless the plain values can be those of a run."""
+    for name, kind in KINDS.items():
+        if not isinstance(contents[name], kind):
+            raise TypeError(f"{name} is of type {type(contents[name]).__name__}")
+    mean, std, antialias = (contents["preprocessing"][x] for x in ("mean", "std", "antialias"))
+    if not (len(mean) == len(std) == 3 and all(map(math.isfinite, (*mean, *std))) and min(std) > 0):
+        raise ValueError("mean and std of the images are not three finite numbers each")
+    choices = {"embedding": ("student", "teacher", "backbone"), "index": ("merged", "separate")}
+    for name, values in choices.items():
+        if contents[name] not in values:
+            raise ValueError(f"the {name} is none of {', '.join(values)}")
+    if contents["step"] < 0 or not isinstance(antialias, bool):
+        raise ValueError("step or antialias is of another kind")
+    if not isinstance(contents["config"]["data"], (str, type(None))):
+        raise TypeError("the data directory is no text")
+    if not all(isinstance(domain, str) for domain in contents["config"]["domains"] or ()):
+        raise TypeError("a domain's name is no text")
 
 
 def check_depth(architecture, weights):
@@ -129,18 +160,27 @@ def check_depth(architecture, weights):
 
 def read(path) -> dict:
     """The contents of a checkpoint file. Raises CheckpointError."""
+    if not os.path.isfile(path):  # opening a pipe would block
+        raise CheckpointError(
+            f"checkpoint {path} does not exist or is no file: give a best.pt or last.pt"
+        )
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.path.getsize(path) - 64))
-            digest = file.read()
-        whole = digest == digest_of(path)
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+            recorded = file.read()
+        whole = recorded == digest_of(path)
     except OSError as error:
         raise CheckpointError(
             f"checkpoint {path} cannot be opened ({error.strerror}): give a best.pt or last.pt"
         ) from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError):
-        contents, whole = None, False
+    contents = None
+    if whole or not re.fullmatch(b"[0-9a-f]{64}", recorded):  # without a digest: an older version
+        try:
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
+        except Exception:  # zip, pickle and torch share no class of errors
+            whole = False
     if isinstance(contents, dict) and "config" in contents and "version" not in contents:
         raise CheckpointError(
             f"checkpoint {path} was written by an older version of this project: train again, or "
@@ -165,7 +205,11 @@ def write_json(path: str | os.PathLike, value: object) -> None:
     try:
         partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path)
-    except OSError as error:
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise CheckpointError(
             f"file {path} cannot be written ({error.strerror}): give another, or make room"
         ) from None

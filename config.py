@@ -89,6 +89,7 @@ LEAST = {  # the smallest value of numbers, 0 unless given
     **dict.fromkeys(("steps", "val_every", "save_every", "period"), 1),
     "margin": -math.inf,
 }
+MOST = {"head_layers": 100, "workers": 1024, "min_area": 1}
 POSITIVE = ("min_area", "scale", "temperature")  # must be above 0
 
 
@@ -269,6 +270,8 @@ def check_value(name, value):
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, (int, float)) and not isinstance(item, bool):
             check_number(name, item)
+        if item == "" or (isinstance(item, str) and "\0" in item):
+            raise ConfigError(f"{flag(name)} is {item!r}: give a text without null characters")
 
 
 def alternatives(kind):
@@ -306,9 +309,11 @@ def is_of(value, kind) -> bool:
 
 
 def check_number(name, value):
-    least = LEAST.get(name, 0)
-    if not (math.isfinite(value) and -(2**63) <= value < 2**63):
+    least, most = LEAST.get(name, 0), MOST.get(name, 2**63 - 1)
+    if not -(2**63) <= value < 2**63:  # neither is NaN
         raise ConfigError(f"{flag(name)} is {shown(value)}: it must be finite and below 2^63")
+    if value > most:
+        raise ConfigError(f"{flag(name)} is {value}: it must be {most} or less")
     if value < least:
         raise ConfigError(f"{flag(name)} is {value}: it must be {least} or more")
     if value == 0 and name in POSITIVE:
@@ -316,7 +321,10 @@ def check_number(name, value):
 
 
 def shown(value) -> str:
-    text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    """A value as on the command line, shortened."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # str() refuses the longest
+        return "a number of hundreds of digits"
+    text = " ".join(map(shown, value)) if isinstance(value, tuple) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -371,10 +379,6 @@ def check_losses(config):
 def check_evaluation(config):
     """Raises ConfigError for an embedding that nothing trains or that cannot be searched."""
     weights = f"--weights are {shown(config.weights)}"
-    require(
-        config.min_area is None or config.min_area <= 1,
-        f"--min-area is {config.min_area}: it must be 1 or less",
-    )
     require(
         config.embedding != "teacher" or config.index == "separate",
         "--embedding is teacher with --index merged, which would compare the embeddings of "
@@ -482,11 +486,16 @@ def read(out: Path) -> Config:
     """The configuration of the run in the directory `out`."""
     path = out / "config.json"
     try:
-        return Config(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ConfigError("not a JSON object")
+        if missing := sorted(DEFAULTS.keys() - values.keys()):
+            raise ConfigError(f"{missing[0]} is missing")
+        return Config(**values)
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{path} is not a configuration of this version ({error}): restore it, or start a new "
-            "run"
+            f"{path} is not a configuration of this version ({error}): delete it, --resume will "
+            "restore it from last.pt"
         ) from None
 
 

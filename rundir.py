@@ -11,6 +11,7 @@ Copy with: checkpoint.py, model.py, torch.
     last.pt         the checkpoint from which the run is resumed
     best.pt         the checkpoint of the best validation
     test.json       its test results, written at the end
+    stopped.json    what is known about a loss or gradient that was not finite
     owner           the process that uses the directory, while it does
 """
 
@@ -38,20 +39,28 @@ class RunError(ValueError):
 
 
 @contextlib.contextmanager
-def run_directory(out: str | None, resume: bool) -> Iterator[Path]:
+def run_directory(out: str | os.PathLike | None, resume: bool) -> Iterator[Path]:
     """Makes the directory `out`, or runs/<date>-<time>, locks it for this process and yields it.
     A directory in which nothing was written is removed again. Raises RunError if it cannot be
     written, does not fit `resume`, or is in use by another process."""
     if out is not None:
         check(Path(out), resume)
     path, made = make(out)
+    descriptor = lock(path)
     try:
-        with locked(path):
-            yield path
+        if out is not None:
+            check(path, resume)  # again: another process may have used it before the lock
+        for name in FILES:  # what a killed process left
+            (path / f"{name}.partial").unlink(missing_ok=True)
+        owner = f"process {os.getpid()} on {socket.gethostname()}"
+        (path / "owner").write_text(owner, encoding="utf-8")
+        yield path
     finally:
+        (path / "owner").unlink(missing_ok=True)
         for directory in made:
             with contextlib.suppress(OSError):  # not empty
                 directory.rmdir()
+        unlock(descriptor)
 
 
 def check(out: Path, resume: bool) -> None:
@@ -63,14 +72,15 @@ def check(out: Path, resume: bool) -> None:
             "user: give another directory"
         )
     found = [name for name in FILES if (out / name).exists()]
-    if found and not resume:
-        remedy = "resume it with --resume, or give" if "last.pt" in found else "give"
-        raise RunError(f"--out {out} holds a run already ({found[0]}): {remedy} another directory")
     if resume and "last.pt" not in found:
         raise RunError(
             f"--out {out} holds no run to resume (no last.pt): leave out --resume, or correct the "
             "directory"
         )
+    # A run that was killed before its first last.pt leaves an empty metrics.jsonl.
+    if not resume and found and (found != ["metrics.jsonl"] or (out / found[0]).stat().st_size):
+        remedy = "resume it with --resume, or give" if "last.pt" in found else "give"
+        raise RunError(f"--out {out} holds a run already ({found[0]}): {remedy} another directory")
 
 
 def make(out):
@@ -86,41 +96,59 @@ def make(out):
             continue  # another run began in the same second
 
 
-@contextlib.contextmanager
-def locked(path):
-    """Holds a lock on a directory; the operating system releases it when the process ends, however
-    it ends. Without such locks (on Windows) the directory is not protected."""
+descriptors = set()  # of directories locked by this process
+
+
+def lock(path) -> int | None:
+    """Locks a directory -> a file descriptor. The operating system releases the lock when the
+    process ends, however it ends. Without such locks, on Windows and some network file systems,
+    the directory is not protected."""
     try:
         import fcntl
     except ImportError:
-        yield
-        return
-    owner = path / "owner"
+        return None
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            process = owner.read_text(encoding="utf-8") if owner.exists() else "unknown"
-            raise RunError(
-                f"--out {path} is in use by another process ({process}): wait until it ends, or "
-                "give another directory"
-            ) from None
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-        try:
-            yield
-        finally:
-            owner.unlink(missing_ok=True)
-    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         os.close(descriptor)
+        owner = path / "owner"
+        name = owner.read_text(encoding="utf-8", errors="replace") if owner.exists() else "unknown"
+        raise RunError(
+            f"--out {path} is in use by another process ({name[:100]}): wait until it ends, or "
+            "give another directory"
+        ) from None
+    except OSError:
+        pass
+    descriptors.add(descriptor)
+    return descriptor
+
+
+def unlock(descriptor) -> None:
+    if descriptor in descriptors:
+        descriptors.remove(descriptor)
+        os.close(descriptor)
+
+
+def unlock_all() -> None:
+    for descriptor in list(descriptors):
+        unlock(descriptor)
+
+
+if hasattr(os, "register_at_fork"):  # loader workers may outlive a killed process for seconds
+    os.register_at_fork(after_in_child=unlock_all)
 
 
 class Interruption:
     """While it is entered, the first SIGINT or SIGTERM sets `requested`, the second stops at once.
-    Until the training loop sets `polled`, the first one stops at once, too."""
+    Until the training loop sets `polled`, the first one stops at once, too. At the end it prints
+    how to resume the run in `out`.
 
-    def __init__(self, out):
-        self.out, self.requested, self.polled = out, None, False
+    The process ends by SystemExit with status 130 or 143.
+    """
+
+    def __init__(self, out: str | os.PathLike):
+        self.out, self.requested, self.polled, self.status = Path(out), None, False, None
 
     def __enter__(self):
         self.previous = {}
@@ -132,18 +160,24 @@ class Interruption:
     def __exit__(self, *_):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if self.status is None:
+            return
+        if (self.out / "last.pt").exists():
+            command = f"python udon.py train --out {shlex.quote(str(self.out))} --resume"
+            print(f"interrupted; resume with: {command}")
+        else:
+            print("interrupted before the first checkpoint; start the run again")
+        raise SystemExit(self.status) from None  # torch hides exceptions of its callbacks
 
     def request(self, number, frame):
-        if self.requested or not self.polled:
-            raise SystemExit(128 + number)
-        self.requested = number
+        again, self.requested = self.requested, number
+        if again or not self.polled:
+            self.stop()
 
     def stop(self):
-        """Ends the process after its state has been saved."""
-        print(
-            f"interrupted; resume with: python udon.py train --out {shlex.quote(self.out)} --resume"
-        )
-        raise SystemExit(128 + self.requested)
+        """Ends the process."""
+        self.status = 128 + self.requested
+        raise SystemExit(self.status)
 
 
 class MetricsLog:
@@ -200,9 +234,8 @@ def load_last(out: Path) -> tuple[UDON, dict]:
     if last["validated"] is not None:
         best = checkpoint.read(out / "best.pt")
         # A run killed between writing best.pt and last.pt has a newer best.pt, written again soon.
-        if best.get("run") != last["run"] or not (
-            best["step"] == last["best"]["step"] or best["step"] > last["step"]
-        ):
+        expected = best["step"] == last["best"]["step"] or best["step"] >= last["step"]
+        if best.get("run") != last["run"] or not expected:
             raise RunError(
                 f"{out / 'best.pt'} is of step {best['step']} of run {best.get('run')}, but "
                 f"last.pt says step {last['best']['step']} of run {last['run']}: restore the "

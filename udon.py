@@ -290,12 +290,7 @@ class Run:
     def save(self, metrics: rundir.MetricsLog) -> None:
         """Writes last.pt, from which the run can be resumed. Raises InputError, and keeps the
         previous last.pt, if a weight is not finite."""
-        for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
-                raise data.InputError(
-                    f"parameter {name} is not finite after step {self.step}: lower --backbone-lr "
-                    "or --head-lr; last.pt is the last good checkpoint"
-                )
+        self.check_finite()
         state = {
             "optimizer": self.optimizer.state_dict(),
             "sampler": self.sampler.state_dict(),
@@ -306,13 +301,35 @@ class Run:
         }
         checkpoint.save(self.out / "last.pt", self.contents() | state)
 
+    def check_finite(self) -> None:
+        """Raises InputError if a weight is not finite."""
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise data.InputError(
+                    f"parameter {name} is not finite after step {self.step}: lower --backbone-lr "
+                    "or --head-lr; last.pt is the last good checkpoint"
+                )
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether the present step is one that is validated and has not been yet."""
+        last = self.step >= self.steps
+        due = self.step > 0 and self.step % (self.config.val_every or self.steps_per_epoch) == 0
+        return (due or last) and self.validated != self.step
+
     def restore(self, state: dict) -> None:
-        """Continues from the contents of last.pt."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.sampler.load_state_dict(state["sampler"])
-        self.step, self.validated = state["step"], state["validated"]
-        self.best, self.backbone = state["best"], state["backbone"]
-        self.identity = state["run"]
+        """Continues from the contents of last.pt. Raises RunError for a state of another model."""
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.sampler.load_state_dict(state["sampler"])
+            self.step, self.validated = state["step"], state["validated"]
+            self.best, self.backbone = state["best"], state["backbone"]
+            self.identity = state["run"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise rundir.RunError(
+                f"{self.out / 'last.pt'} holds no state of this run ({checkpoint.summary(error)}): "
+                "restore the run's own last.pt, or start a new run"
+            ) from None
         if self.step > self.steps:
             raise ConfigError(
                 f"--steps is {self.steps}, but the run {self.out} has done {self.step}: give that "
@@ -475,54 +492,64 @@ def train(config: Config, resume: bool = False) -> dict:
     threads). The first SIGINT or SIGTERM ends the step, saves and raises SystemExit. Raises
     ConfigError, RunError, InputError, CheckpointError or WeightsError for unusable input.
     """
-    with rundir.run_directory(config.out, resume) as out:
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(rundir.run_directory(config.out, resume))
         config = dataclasses.replace(config, out=str(out))
-        others = [options.with_method(config, method, out / method) for method in config.compare]
-        for other in others:
-            if (Path(other.out) / "config.json").exists():
+        runs = [(config, resume)]
+        for method in config.compare:  # checked and locked before hours of training
+            other = options.with_method(config, method, out / method)
+            started = (Path(other.out) / "last.pt").exists()
+            stack.enter_context(rundir.run_directory(other.out, started))
+            if started:
                 options.check_same(other, options.read(Path(other.out)), other.out)
-        results = {config.method: train_one(config, resume)}
-        for other in others:
-            print(f"\n{other.method}, for comparison:")
-            results[other.method] = train(other, (Path(other.out) / "last.pt").exists())
-    if others:
+            runs.append((other, started))
+        interruption = stack.enter_context(rundir.Interruption(out))
+        results = {}
+        for one, started in runs:
+            if results:
+                print(f"\n{one.method}, for comparison:")
+            results[one.method] = train_one(one, started, interruption)
+    if config.compare:
         print(f"\n{' and '.join(results)} beside the backbone as pre-trained, test queries:")
         print(evaluate.table(results | {"backbone": results[config.method]["backbone"]}))
     return results[config.method]
 
 
-def train_one(config: Config, resume: bool) -> dict:
+def train_one(config: Config, resume: bool, interruption: rundir.Interruption) -> dict:
     """`train` without comparisons, in a directory that exists."""
-    with rundir.Interruption(config.out) as interruption:
-        benchmark = data.Benchmark(config.data, config.domains)
-        splits = {domain: benchmark.split(domain, "train") for domain in benchmark.domains}
-        state = rundir.load_last(Path(config.out)) if resume else None
-        run = build_run(config, splits, state)
-        describe(run, splits)
-        size = run.architecture["backbone"]["image_size"]
-        open_sets = functools.partial(evaluate.open_sets, benchmark, antialias=config.antialias)
-        test_sets, val_sets = open_sets("test", size), open_sets("val", size, keep=True)
-        evaluate.check_validation(val_sets)
-        batches = data.TrainBatches(
-            splits,
-            size,
-            config.batch_size,
-            config.seed,
-            antialias=config.antialias,
-            min_area=config.min_area,
-        )
-        if resume:
-            print(f"resumed at step {run.step:,} of {run.steps:,}")
-        else:
-            run.backbone = test(run, test_sets, "backbone")
-            mean = 100 * run.backbone["mean"]["recall_at_1"]
-            print(f"backbone as pre-trained: mean R@1 {mean:.2f} on test")
-        metrics = rundir.MetricsLog(run.out / "metrics.jsonl", state and state[1]["metrics"])
-        checkpoint.write_json(run.out / "config.json", dataclasses.asdict(config))
+    benchmark = data.Benchmark(config.data, config.domains)
+    splits = {domain: benchmark.split(domain, "train") for domain in benchmark.domains}
+    state = rundir.load_last(Path(config.out)) if resume else None
+    run = build_run(config, splits, state)
+    describe(run, splits)
+    size = run.architecture["backbone"]["image_size"]
+    open_sets = functools.partial(evaluate.open_sets, benchmark, antialias=config.antialias)
+    test_sets, val_sets = open_sets("test", size), open_sets("val", size, keep=True)
+    evaluate.check_validation(val_sets)
+    batches = data.TrainBatches(
+        splits,
+        size,
+        config.batch_size,
+        config.seed,
+        antialias=config.antialias,
+        min_area=config.min_area,
+    )
+    if resume:
+        print(f"resumed at step {run.step:,} of {run.steps:,}")
+    else:
+        run.backbone = test(run, test_sets, "backbone")
+        mean = 100 * run.backbone["mean"]["recall_at_1"]
+        print(f"backbone as pre-trained: mean R@1 {mean:.2f} on test")
+    metrics = rundir.MetricsLog(run.out / "metrics.jsonl", state and state[1]["metrics"])
+    with contextlib.closing(metrics):
         run.save(metrics)
-        with contextlib.closing(metrics):
-            fit(run, batches, val_sets, metrics, interruption)
+        write_config(config)
+        fit(run, batches, val_sets, metrics, interruption)
         return finish(run, test_sets, metrics)
+
+
+def write_config(config: Config) -> None:
+    checkpoint.write_json(Path(config.out) / "config.json", dataclasses.asdict(config))
 
 
 def fit(run: Run, batches: data.TrainBatches, val_sets: dict, metrics, interruption) -> None:
@@ -530,33 +557,38 @@ def fit(run: Run, batches: data.TrainBatches, val_sets: dict, metrics, interrupt
     config = run.config
     workers = 0 if batches.in_memory else config.workers
     print(f"training images decoded {f'by {workers} processes' if workers else 'in memory'}")
-    val_every = config.val_every or run.steps_per_epoch
     stream = data.stream(batches, run.sampler, run.step, run.steps, workers)
     progress = Progress(run)
     run.model.train()
-    interruption.polled = True
-    while run.step < run.steps:
-        started, cpu_started = time.perf_counter(), time.process_time()
-        rates = dict(zip(("backbone_lr", "head_lr"), learning_rates(run)))
-        domain, losses, waited = training_step(run, stream)
-        spent = {
-            "seconds": time.perf_counter() - started,
-            "cpu_seconds": time.process_time() - cpu_started,
-        }
-        values = {name: value for name, value in losses._asdict().items() if value is not None}
-        metrics.write({"step": run.step, "domain": domain, **values, **rates, **spent})
-        progress.add(domain, losses.total, spent["seconds"], waited)
-        if run.step % val_every == 0:
+    while True:
+        if run.needs_validation:
+            run.save(metrics)  # so that a signal during validation may end it at once
+            interruption.polled = False
             validate(run, val_sets, metrics)
-        if run.validated == run.step or run.step % config.save_every == 0:
+            run.save(metrics)
+        interruption.polled = True
+        if run.step >= run.steps:
+            break
+        domain, losses, seconds, waited = logged_step(run, stream, metrics)
+        progress.add(domain, losses.total, seconds, waited)
+        if interruption.requested or run.step % config.save_every == 0:
             run.save(metrics)
         if interruption.requested:
-            run.save(metrics)
             interruption.stop()
     interruption.polled = False
-    if run.validated != run.step:
-        validate(run, val_sets, metrics)
-        run.save(metrics)
+
+
+def logged_step(run, stream, metrics) -> tuple[str, Losses, float, float]:
+    """A training step and its line in metrics.jsonl -> domain, losses, seconds of the step and of
+    those the ones spent waiting for data."""
+    started, cpu_started = time.perf_counter(), time.process_time()
+    rates = dict(zip(("backbone_lr", "head_lr"), learning_rates(run)))
+    domain, losses, waited = training_step(run, stream)
+    seconds = time.perf_counter() - started
+    spent = {"seconds": seconds, "cpu_seconds": time.process_time() - cpu_started}
+    values = {name: value for name, value in losses._asdict().items() if value is not None}
+    metrics.write({"step": run.step, "domain": domain, **values, **rates, **spent})
+    return domain, losses, seconds, waited
 
 
 class Progress:
@@ -587,6 +619,7 @@ class Progress:
 def validate(run, val_sets, metrics):
     """Writes the mean R@1 and mMP@5 of the val queries to metrics.jsonl, the best model so far to
     best.pt."""
+    run.check_finite()
     means = test(run, val_sets, run.config.embedding)["mean"]
     run.model.train()
     # Equal R@1 is decided by mMP@5, then by the later step.
@@ -706,20 +739,27 @@ USER_ERRORS = (
 
 
 def main(arguments: list[str] | None = None) -> None:
+    if hasattr(sys.stdout, "reconfigure"):  # names of files may be undecodable
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = command_line()
-    given = vars(parser.parse_args(arguments))
-    resume = given.pop("resume")
-    given.pop("command")
+    given = {}
     try:
-        if resume and "out" in given:
-            rundir.check(Path(given["out"]), resume)
-        train(options.configuration(given, resume), resume)
+        try:
+            given = vars(parser.parse_args(arguments))
+            given.pop("command")
+            run_command(given, given.pop("resume"))
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
     except USER_ERRORS as error:
         parser.exit(2, f"udon.py: {error}\n")
     except BrokenPipeError:  # the reader of the output has ended, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         sys.exit(128 + signal.SIGPIPE)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except OSError as error:  # no space or no permission; checkpoints are whole all the same
+        discard_output()
         place = error.filename or given.get("out", "runs")
         parser.exit(
             2,
@@ -735,6 +775,24 @@ def main(arguments: list[str] | None = None) -> None:
             f"udon.py: out of memory ({checkpoint.summary(error)}): lower --batch-size, "
             "--image-size, --student-dim or --teacher-dim, or use a smaller --model\n",
         )
+
+
+def run_command(given: dict, resume: bool) -> None:
+    """Trains as the options of the command line say."""
+    if resume and "out" in given:
+        out = Path(given["out"])
+        rundir.check(out, resume)
+        if not (out / "config.json").exists():  # deleted, or killed before it was written
+            write_config(Config(**checkpoint.read(out / "last.pt")["config"]))
+    train(options.configuration(given, resume), resume)
+
+
+def discard_output() -> None:
+    """Lets the interpreter end without another error of an output that cannot be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
