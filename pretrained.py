@@ -223,7 +223,8 @@ def _refuse_other_formats(path: Path) -> None:
         with open(path, "rb") as file:
             head = file.read(64)
     except OSError as error:
-        raise WeightsError(f"cannot be opened ({error.strerror or error}): check the path") from None
+        reason = error.strerror or error
+        raise WeightsError(f"cannot be opened ({reason}): check the path") from None
     if not head:
         raise WeightsError("the file is empty: download it again")
     if head.startswith(b"version https://git-lfs"):
