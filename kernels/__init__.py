@@ -1,4 +1,4 @@
-"""Kernels that retrieval needs. `cosine_topk` is the only public name.    Copy with: the folder, torch, numpy."""
+"""The retrieval kernel `cosine_topk`, the only public name. Copy with: the folder, torch, numpy."""
 
 from kernels.topk import cosine_topk
 

@@ -1,76 +1,74 @@
-"""cosine_topk on a CPU at the speed of a float32 matrix product, with the reference's result bit for bit.
+"""cosine_topk on a CPU: little more than a float32 product, and the reference's result bit for bit.
 
-    topk(queries, index, k, exclude) -> (Q, k) int64 keys, as reference.topk
+    topk(queries (Q, D), index (G, D), k, exclude (Q, E) or None) -> (Q, k) int64 keys
 
-1. The index in chunks, normalised to float32 once for all queries. Queries in blocks, spread over threads whose products are
-   single-threaded (on a busy machine threads inside a product wait for each other far longer than they compute).
-2. A tile of float32 scores, slab @ block.T, is reduced at once to the maxima of groups of 16 consecutive rows; these to those of
-   16 groups. The k largest values lie in the k groups of largest maxima, these in the k supergroups of largest maxima.
-3. From each of the `keep` > k best groups all rows are scored again, and the best `keep` of them by the reference.
-4. Float32 is off by less than `noise`: if the reference's k-th score is above the best discarded float32 score by more, no
-   discarded row can belong to the result. A query of which that cannot be said has a bound all the same, the k-th score so far:
-   a second product finds all rows that reach it, but for the noise, and the reference scores these.
-5. Where many of the first queries are in doubt, the index is full of copies, and only its distinct rows are searched, before copies
-   are put back into the result; or of rows much alike, and the bounds come from a sample of it. Where k is large, or rows are wide
-   or few, the groups' maxima give the bounds, since scoring the rows of the best groups would cost more than the second product.
-Few pairs, or few rows, are not grouped: direct.py scores what float32 leaves of them, unless too much is alike.
-Copy with: the folder kernels/, torch, numpy.
+For a block of queries and a chunk of the index:
+1. Each tile of float32 scores is reduced to the maxima of groups of 16 rows, and 16 tiles to the
+   maxima of 16 groups. The rows of a group are a stride apart: neighbours, which are often
+   alike, fall into different groups.
+2. The maxima belong to distinct rows. The (k + E)-th largest of all seen so far, less the error
+   bound of float32, is therefore not above the float32 score of any row of the result.
+3. Only groups whose maxima reach this bound are searched further. Their rows are gathered and
+   scored in float32, or where they are too many, their tiles are computed once more.
+In the end, the reference scores the rows that reached the bound in float64 and ranks them. The
+bound depends on blocks, chunks and threads; the result does not. A query with thousands of such
+rows is left to the reference as a whole. Copy with: the folder kernels/, torch.
 """
 
-import math
+import functools
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 
-from kernels import direct, reference
-from kernels.reference import NOTHING, ONE
+from kernels import reference
 
-# oneDNN's product, by the operator that torch.compile emits for linear layers. On AMD processors torch.mm, which is MKL's, takes
-# twice as long with AVX-512 and a tenth longer with AVX2 (torch 2.13, 2026-11).
-LINEAR = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if torch.backends.mkldnn.is_available()
-    else None
-)
-GROUP = 16  # rows; also groups in a supergroup
-QUERY_BLOCK = 736  # queries of a tile: rows a power of two apart would crowd into the same places of the cache
-TILE = 512 * QUERY_BLOCK  # values, 1.5 MB
-TILES = 8  # whose group maxima stay there too until they are reduced to those of supergroups
-CHUNK = 2**18  # rows of the index at a time
-MAXIMA = 3 * 2**17  # rows, of all threads' chunks together: 72 MB of group maxima
-NORMALISED = (
-    2**23
-)  # values, 32 MB: where the index must be normalised first, no more of it at a time
-PREPARED = (
-    2**19
-)  # values, 2 MB: rows normalised at a time; in less, threads would wait for each other
-STATE = 2**20  # best groups of all queries that are on their way through the index together: 12 MB
-GATHERED = (
-    2**18
-)  # values, 1 MB: rows of the best groups, scored again; of one query up to 8 times more
-PRODUCT = 2**27  # values of few pairs: a millisecond
-FEW = 2**20  # values of all pairs: up to these numpy's products take less time than others
-DIRECT = 8192  # rows: so few are not grouped
-SCORES = 2**20  # float32, 4 MB: of all pairs, if they are no more; else of so few rows at a time
-SPARE = 2  # groups kept more than k
-WANTED = 2**22  # values of a block of queries' best rows, or groups' rows: 32 MB of their numbers
-GATHERING = 40  # rows of a product, and one more for each 8 values, in whose time a row is gathered and scored again
-ALIKE = 2048  # rows that may be as good as a query's k-th, as float32 sees it, and 16 k more
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # torch.compile's linear layer
+FANOUT = 16  # rows in a group, groups in a group of groups
+TILE, BLOCK = 1024, 512  # index rows and queries of a tile: 2 MB of float32 scores
+CHUNK = 2**18  # index rows of a chunk, over all threads: 36 MB of maxima
+WHOLE = 2**22  # scores: with so many or fewer, the index is a single tile
+PREPARED = 2**23  # values: rows of a single tile that must be normalised first
+GATHERED = 2**18  # values of rows that are gathered at a time: 1 MB
+GATHERING = 32  # rows of a product that cost as much as one gathered row
+SURVIVORS = 2048  # rows per query, and 16 k more, that the reference scores one by one
+RANKED = 128  # queries whose rows are ranked together
+THREADED, TIMED = 2**24, 2**30  # multiplications worth threads, worth choosing the product
+
+_entering, _inside = threading.Lock(), []  # of _single_threaded
 
 
-_entering, _inside = (
-    threading.Lock(),
-    [],
-)  # of _single_threaded, which changes what belongs to the whole process
+def topk(queries, index, k, exclude=None):
+    (count, width), total = queries.shape, len(index)
+    if not count or not width:
+        return reference.topk(queries, index, k, exclude)
+    keys = torch.empty(count, k, dtype=torch.int64)
+    work = count * total * width
+    with _single_threaded() as threads, ThreadPoolExecutor(threads) as workers:
+        threads = threads if work >= THREADED else 1
+        spread = workers.map if threads > 1 else map
+        onednn = ONEDNN is not None and work >= TIMED and _onednn_is_faster()
+        search = _Search(queries, index, k, exclude, spread, threads, onednn)
+        size = -(-count // (-(-count // (BLOCK * threads)) * threads))  # an equal share each
+
+        def rank(top):
+            block = slice(top, top + size)
+            keys[block] = search.keys(block)
+
+        list(spread(rank, range(0, count, size)))
+    return keys
 
 
 @contextmanager
 def _single_threaded():
-    """Products of full precision on one thread each; yields how many there were. The first call in sets both, the last one out
-    resets both."""
+    """Products of full precision on one thread each. Yields the number of threads before.
+
+    Both settings belong to the process: the first search to enter changes them, the last one to
+    leave restores them.
+    """
     product = torch.backends.mkldnn.matmul
     with _entering:
         if not _inside:
@@ -91,455 +89,237 @@ def _single_threaded():
                 product.fp32_precision = state[1]
 
 
-def few(queries, index, k, exclude=None):
-    """reference.result for few pairs, which are not worth threads; None for others, and where direct.py gives up."""
-    (count, width), total = queries.shape, index.shape[0]
-    copied = not index.is_contiguous() or index.dtype != torch.float32
-    if (
-        not (0 < count * total <= SCORES and 0 < count * total * width <= PRODUCT)
-        or copied
-        and total * width > NORMALISED
-    ):
-        return None
-    rows = index.float().contiguous() if copied else index
-    a, b, barred = _values(queries), rows.numpy(), None if exclude is None else exclude.numpy()
-    precise = b if index.dtype != torch.float64 else _values(index)
-    alone = count == 1 and a.dtype == b.dtype and precise is b
-    search = direct.of_one if alone else direct.of_many
-    if count * b.size <= FEW:
-        found = search(a, b, precise, k, barred, lambda left: direct.in_parts(left, b))
-    else:
-        with _single_threaded():
-            product = rows.mv if alone else _product(rows, _Memory())
-            found = search(
-                a, b, precise, k, barred, lambda left: product(torch.from_numpy(left)).numpy()
-            )
-    return found and (torch.from_numpy(found[0]), torch.from_numpy(found[1]))
+@functools.cache
+def _onednn_is_faster():
+    """Whether oneDNN's product of a tile takes less time than torch.mm, which is MKL's.
+
+    On some AMD processors it takes half the time, on others, and with AVX2 alone, about as much
+    or more: it allocates its output at every call.
+    """
+    rows, queries = torch.rand(TILE, 64), torch.rand(BLOCK, 64)
+    columns, tile = queries.T.contiguous(), torch.empty(TILE, BLOCK)
+    times = {True: [], False: []}
+    for _ in range(5):
+        for onednn, product in (
+            (True, lambda: ONEDNN(rows, queries, None, "none", [], "")),
+            (False, lambda: torch.mm(rows, columns, out=tile)),
+        ):
+            start = time.perf_counter()
+            product()
+            times[onednn].append(time.perf_counter() - start)
+    return min(times[True]) < 0.9 * min(times[False])
 
 
-def _values(rows):
-    """As direct.py takes them: float64 as they are, others in float32."""
-    return (
-        (rows if rows.dtype in (torch.float32, torch.float64) else rows.float())
-        .contiguous()
-        .numpy()
-    )
+def _normalised(rows):
+    """Rows (n, D) of any type -> float32 unit rows, each value off by 2^-24 of itself at most."""
+    return F.normalize(reference.double(rows), dim=1, eps=1e-300).float()
 
 
-def topk(queries, index, k, exclude=None):
-    keep, width = k + SPARE, queries.shape[1]
-    if not len(queries) or len(index) < 4 * keep or not width:
-        return reference.topk(queries, index, k, exclude)
-    few_rows = (
-        len(index) <= DIRECT and index.numel() <= NORMALISED and len(queries) * len(index) > SCORES
-    )  # few() gave up else
-    with _single_threaded() as threads, ThreadPoolExecutor(threads) as workers:
+class _UnitRows:
+    """The rows of an index as float32 vectors whose norms are 1 within 2^-20, or 0."""
 
-        def spread(search, items):  # a thread costs more than a short search
-            return (
-                workers.map(search, items) if threads > 1 and len(items) > 1 else map(search, items)
-            )
+    def __init__(self, index, spread):
+        self.index = index
+        norms = torch.cat([*spread(self.norms, index.split(2048))])  # (G,) float64
+        tame = (norms > 1e-15) & (norms < 1e15) | (norms == 0)
+        self.precise = index.dtype == torch.float64 or not tame.all()
+        self.ready = index.dtype == torch.float32 and index.is_contiguous()
+        self.ready &= bool((norms - 1).abs().max() < 2**-20)
+        self.scale = torch.where(norms > 0, 1 / norms, 1.0).float()[:, None]
 
-        keys = _through_few_rows(queries, index, k, exclude, threads, spread) if few_rows else None
-        return _topk(queries, index, k, exclude, threads, spread) if keys is None else keys
+    @staticmethod
+    def norms(rows):
+        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
 
-
-def _through_few_rows(queries, index, k, exclude, threads, spread):
-    """(Q, k) keys by direct.of_many, None where it gives up."""
-    rows, precise = index.float().contiguous(), _values(index)
-    keys, given_up = torch.empty(len(queries), k, dtype=torch.int64), []
-    size = max(
-        1, min(SCORES // len(index), NORMALISED // 4 // index.shape[1], -(-len(queries) // threads))
-    )
-    product = _product(rows, _Memory())
-
-    def search(top):
-        if given_up:
-            return
-        mine, barred = (
-            queries[top : top + size],
-            None if exclude is None else exclude[top : top + size].numpy(),
-        )
-        found = direct.of_many(
-            _values(mine),
-            rows.numpy(),
-            precise,
-            k,
-            barred,
-            lambda unit: product(torch.from_numpy(unit)).numpy(),
-        )
-        if found:
-            keys[top : top + size] = reference.as_keys(
-                ONE * torch.from_numpy(found[0]), torch.from_numpy(found[1])
-            )
+    def __getitem__(self, places):
+        """(n, D) contiguous: the rows at a slice, or at places (n,) int64."""
+        if isinstance(places, slice):
+            rows = self.index[places]
         else:
-            given_up.append(top)
-
-    list(spread(search, range(0, len(queries), size)))
-    return None if given_up else keys
-
-
-def _topk(queries, index, k, exclude, threads, spread):
-    keys, copies = torch.empty(len(queries), k, dtype=torch.int64), None
-    top, size = 0, max(QUERY_BLOCK, STATE // (k + SPARE))
-    while top < len(queries):
-        part = slice(top, top + size)
-        block, barred = queries[part], None if exclude is None else exclude[part]
-        found = None if copies else _through(block, index, None, k, barred, threads, spread)
-        if found is None or found[1] is not None and found[1].double().mean() < 7 / 8:
-            copies = copies or _copies(index)
-            if len(copies[1]) < 3 / 4 * len(index):
-                found = _through_distinct(block, index, copies, k, barred, threads, spread)
-            elif found is None:  # alike, but no copies: bounds from a sample
-                found = (
-                    _through(block, index, _sample(index, k), k, barred, threads, spread)[0],
-                    None,
-                )
-        mine, sure = keys[part], found[1]
-        mine[:] = found[0]
-        unsure = torch.arange(len(mine)) if sure is None else (~sure).nonzero()[:, 0]
-        most = max(1, WANTED // (ALIKE + 16 * k))
-        for some in unsure.chunk(-(-len(unsure) // most)) if len(unsure) else ():
-            mine[some] = _above(
-                block[some],
-                index,
-                mine[some, -1] >> 32,
-                k,
-                None if barred is None else barred[some],
-                threads,
-                spread,
-            )
-        top += size
-    return keys
-
-
-def _sample(index, k):
-    """A sixteenth of the rows, ascending; all, where the rows that reach its bound, some 16 k, would be too much to score."""
-    size = len(index) // 16 if 16 * k * index.shape[1] <= GATHERED else len(index)
-    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))
-    return order[: max(size, 4 * (k + SPARE))].sort().values
-
-
-def _normalised(rows, out=None):
-    """(..., D) of any type -> float32 unit rows, each value off by (D / 2 + 3) * 2^-24 of itself at most. `out` may be `rows`."""
-    wide = rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
-    norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    if not (
-        (norms > 1e-15) & (norms < 1e15)
-    ).all():  # its square, or a value's, strains float32; or it is 0
-        wide, norms = F.normalize(reference.double(rows), dim=-1, eps=1e-300).float(), 1
-    if wide.dtype == torch.float64:
-        wide, norms = (wide / norms).float(), 1
-    return torch.div(wide, norms, out=out)
-
-
-def _is_unit(rows, spread):
-    """Are they float32 rows that can be multiplied as they are, norms within 2^-20 of 1?"""
-
-    def near(top):
-        return (torch.linalg.vector_norm(rows[top : top + 8192], dim=1) - 1).abs().max() < 2**-20
-
-    return (
-        rows.dtype == torch.float32
-        and rows.is_contiguous()
-        and all(spread(near, range(0, len(rows), 8192)))
-    )
-
-
-def _through(queries, index, among, k, exclude, threads, spread, bounds=True):
-    """Queries against the rows `among` (ascending) of the index, None is all -> (Q, k) keys, (Q,) bool: are they sure?
-    None where the best rows of many of the first queries are too much alike, before the others pay for it.
-    Where scoring the best groups' rows would cost more than another product, and `bounds` are enough, None for `sure`: the k-th
-    scores are no less."""
-    keep, width, rows = k + SPARE, queries.shape[1], len(index) if among is None else len(among)
-    heavy = GROUP * keep * width > 8 * GATHERED
-    noise = 2 * width + 40  # of scores that are 2^24 times
-    whole = (
-        rows - rows % GROUP**2 if rows > GROUP * (keep + GROUP) else 0
-    )  # the others are the tail
-    size = min(QUERY_BLOCK, -(-len(queries) // threads), max(1, WANTED // 2 // (GROUP * keep)))
-    probe = -(
-        -size // 8
-    )  # queries of the first blocks, if all the others are to hear what they find
-    probes = probe * threads if among is None and len(queries) >= 2 * threads * size else 0
-    begins = [*range(0, probes, probe), *range(probes, len(queries), size)]
-    blocks = [slice(begin, end) for begin, end in zip(begins, [*begins[1:], len(queries)])]
-    groups = torch.zeros(len(queries), keep if whole else 0, dtype=torch.int64)
-    maxima = torch.full((len(queries), keep), -torch.inf, dtype=torch.float32)
-    keys, sure = (
-        torch.empty(len(queries), k, dtype=torch.int64),
-        torch.empty(len(queries), dtype=torch.bool),
-    )
-    memory = _Memory()
-
-    def take(places, out=None):
-        """The normalised rows of the index at places, a slice or a tensor, of the rows that are searched."""
-        places = places if among is None else among[places]
-        if isinstance(places, slice) or index.dtype != torch.float32:
-            return _normalised(index[places], out)
-        rows = torch.index_select(
-            index, 0, places.flatten(), out=memory("rows", places.numel(), width)
-        )
-        return (rows if is_unit else _normalised(rows, out=rows if out is None else out)).view(
-            *places.shape, width
-        )
-
-    is_unit = among is None and _is_unit(index, spread)
-    for left, part in _chunks(index, whole, take, is_unit, threads, spread):
-
-        def reduce(block):
-            best, where = _best_groups(_normalised(queries[block]), part, keep, memory)
-            best, order = torch.cat([maxima[block], best], dim=1).topk(keep, dim=1)
-            groups[block] = torch.cat([groups[block], where + left // GROUP], dim=1).gather(
-                1, order
-            )
-            maxima[block] = best
-
-        first = blocks[:threads] if among is None and not left and not heavy else []
-        list(spread(reduce, first))
-        for block in first:  # rows much alike: no distance between the best groups
-            if (
-                (maxima[block][:, k - 1] - maxima[block][:, -1]) * ONE < noise
-            ).double().mean() > 1 / 8:
-                return None
-        list(spread(reduce, blocks[len(first) :]))
-    if whole and bounds and (heavy or GROUP * keep * (GATHERING + width // 8) > rows):
-        best = (
-            maxima[:, k - 1 if exclude is None else k].double() * ONE - noise
-        )  # one may be of the excluded
-        return reference.as_keys(best.floor()[:, None], 0), None
-    tail = take(slice(whole, rows)).clone()  # it may lie in memory
-    size = max(1, min(size, SCORES // (keep * GROUP + len(tail))))
-
-    def rank(block):
-        """The rows of the best groups, and those of no whole group, by float32; the best of these by the reference."""
-        mine = queries[block]
-        unit = _normalised(mine)  # (q, D)
-        places = (groups[block][:, :, None] * GROUP + torch.arange(GROUP)).flatten(
-            1
-        )  # (q, keep * GROUP)
-        scores = torch.empty(len(mine), places.shape[1] + len(tail), dtype=torch.float32)
-        several = max(1, GATHERED // max(1, places.shape[1] * width))
-        for top in range(0, len(mine) if whole else 0, several):
-            some = slice(top, top + several)
-            scores[some, : places.shape[1]] = (unit[some, None] @ take(places[some]).mT)[
-                :, 0
-            ]  # (1 x D) @ (D x m): fast
-        torch.mm(unit, tail.T, out=scores[:, places.shape[1] :])
-        places = torch.cat([places, torch.arange(whole, rows).expand(len(mine), -1)], dim=1)
-        scores, order = scores.topk(keep, dim=1)
-        places = places.gather(1, order)
-        chosen = places if among is None else among[places]
-        keys[block] = reference.best(
-            mine, index, chosen, k, None if exclude is None else exclude[block]
-        )
-        discarded = torch.maximum(maxima[block][:, -1], scores[:, -1]).double() * ONE + noise
-        sure[block] = (keys[block][:, -1] >> 32) > discarded
-
-    list(
-        spread(
-            rank,
-            [
-                slice(top, min(top + size, b.stop))
-                for b in blocks
-                for top in range(b.start, b.stop, size)
-            ],
-        )
-    )
-    return keys, sure
-
-
-def _above(queries, index, least, k, exclude, threads, spread):
-    """(Q, k) keys, where it is known that the k-th scores are no less than `least`, (Q,) int64: all rows that float32 does not put
-    below it are scored by the reference. That costs another product, however many they are, but for queries with too many."""
-    width, limit = queries.shape[1], ALIKE + 16 * k
-    bounds = (
-        (least - (2 * width + 41)).double() / ONE
-    ).float()  # the noise, and the rounding of the bound
-    size = -(-len(queries) // max(threads, -(-len(queries) // QUERY_BLOCK)))
-    blocks = [slice(top, min(top + size, len(queries))) for top in range(0, len(queries), size)]
-    # A block's pairs, query * 2^32 + row: in one place that grows, or they would lie between tiles and tear the memory to pieces.
-    pairs, filled = (
-        [torch.empty(256 * size, dtype=torch.int64) for _ in blocks],
-        [0 for _ in blocks],
-    )
-    counts, keys = (
-        torch.zeros(len(queries), dtype=torch.int64),
-        torch.empty(len(queries), k, dtype=torch.int64),
-    )
-    memory = _Memory()
-
-    def take(places, out):
-        _normalised(index[places], out)
-
-    for left, part in _chunks(index, len(index), take, _is_unit(index, spread), threads, spread):
-
-        def collect(number):
-            block, counted = blocks[number], filled[number]
-            for query, row in _at_least(_normalised(queries[block]), part, bounds[block], memory):
-                end = filled[number] + len(row)
-                if end > len(pairs[number]):
-                    pairs[number] = torch.cat([pairs[number], torch.empty(end, dtype=torch.int64)])
-                torch.add(query << 32, row + left, out=pairs[number][filled[number] : end])
-                filled[number] = end
-                if end - counted > limit or not len(row):
-                    counts[block] += torch.bincount(
-                        pairs[number][counted:end] >> 32, minlength=len(counts[block])
-                    )
-                    bounds[block][counts[block] > limit], counted = torch.inf, end
-
-        list(spread(collect, range(len(blocks))))
-
-    def rank(number):
-        block, mine = blocks[number], counts[blocks[number]]
-        found = pairs[number][: filled[number]].sort().values
-        query, pairs[number] = found >> 32, None
-        places = torch.full((len(mine), max(k, int(mine.max()))), -1, dtype=torch.int64)
-        places[query, torch.arange(len(query)) - (mine.cumsum(0) - mine)[query]] = found & (
-            2**32 - 1
-        )
-        few = (mine <= limit).sum()
-        for some in (
-            mine.argsort()[:few].split(32) if few else ()
-        ):  # queries of about as many rows together
-            barred = None if exclude is None else exclude[block][some]
-            keys[block][some] = reference.best(
-                queries[block][some], index, places[some, : max(k, mine[some[-1]])], k, barred
-            )
-
-    def anew(some):
-        keys[some] = reference.topk(
-            queries[some], index, k, None if exclude is None else exclude[some]
-        )
-
-    list(spread(rank, range(len(blocks))))
-    many = (counts > limit).nonzero()[:, 0]
-    list(spread(anew, many.chunk(threads) if len(many) else ()))
-    return keys
-
-
-def _at_least(queries, rows, bounds, memory):
-    """Unit rows (q, D), (n, D), bounds (q,), which may grow meanwhile -> pairs of float32 cosines that reach them, a tile's at a
-    time: numbers of queries, and of rows; none in the end."""
-    count, product = len(queries), _product(queries, memory)
-    slab = max(GROUP, 2 * TILE // count // GROUP * GROUP)
-    for top in range(0, len(rows), slab):
-        tile = product(rows[top : top + slab])  # (n, q)
-        whole = len(tile) // GROUP * GROUP
-        groups = tile[:whole].view(-1, GROUP, count)
-        if whole:
-            group, query = (groups.amax(1) >= bounds).nonzero(as_tuple=True)
-            where, member = (groups[group, :, query] >= bounds[query, None]).nonzero(as_tuple=True)
-            yield query[where], top + group[where] * GROUP + member
-    row, query = (tile[whole:] >= bounds).nonzero(as_tuple=True)
-    yield query, top + whole + row
-    yield row[:0], row[:0]
-
-
-def _chunks(index, rows, take, is_unit, threads, spread):
-    """The first `rows` rows, a chunk at a time, as the number of its first one and float32 unit rows, good until the next: if the
-    index is_unit its own, else those that take(slice, out) puts into `out`."""
-    step = min(CHUNK, MAXIMA // threads, CHUNK if is_unit else NORMALISED // index.shape[1])
-    chunks = -(-rows // max(step, GROUP**2)) or 1
-    step = -(-rows // chunks // GROUP**2) * GROUP**2 or 1
-    several = max(1, PREPARED // index.shape[1])
-    chunk = None if is_unit else torch.empty(min(step, rows), index.shape[1], dtype=torch.float32)
-    for left in range(0, rows, step):
-        part = (index[left:rows] if is_unit else chunk[: rows - left])[:step]
-
-        def prepare(top):
-            slab = part[top : top + several]
-            take(slice(left + top, left + top + len(slab)), out=slab)
-
-        if not is_unit:
-            list(spread(prepare, range(0, len(part), several)))
-        yield left, part
-
-
-def _copies(index):
-    """Rows of equal values, found by a sum of some values' bits: the rows sorted by (first of its kind, row), and where a kind
-    begins. Copies between which others of the same sum lie count as several kinds."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[index.element_size()]
-    some = index[:, :: -(-index.shape[1] // 64)]
-    factors = torch.randint(
-        -(2**62), 2**62, (some.shape[1],), generator=torch.Generator().manual_seed(0)
-    )
-    sums = torch.empty(len(index), dtype=torch.int64)
-    for top in range(0, len(index), 4096):
-        bits = (some[top : top + 4096] + 0).view(integers)  # + 0: -0 equals 0
-        sums[top : top + 4096] = (bits.long() * factors).sum(1)
-    sums, order = sums.sort(stable=True)
-    new = torch.ones(len(index), dtype=torch.bool)
-    new[1:] = sums[1:] != sums[:-1]
-    for places in (
-        (~new).nonzero()[:, 0].split(max(1, PREPARED // index.shape[1]))
-    ):  # a sum alone proves nothing
-        new[places] = (index[order[places]] != index[order[places - 1]]).any(1)
-    return order, new.nonzero()[:, 0]
-
-
-def _through_distinct(queries, index, copies, k, exclude, threads, spread):
-    """_through, where the index has copies: the k + 1 best kinds (one may hold nothing but an excluded row), then their rows."""
-    order, begins = copies
-    ends = torch.cat([begins[1:], torch.tensor([len(order)])])
-    firsts, kinds = order[begins].sort()  # ascending rows
-    several = min(k + 1, len(firsts))
-    if len(firsts) < 4 * (several + SPARE):
-        found = reference.topk(queries, index[firsts], several)
-        sure = torch.ones(len(queries), dtype=torch.bool)
-        found = reference.as_keys(found >> 32, firsts[2**32 - 1 - (found & (2**32 - 1))])
-    else:
-        found, sure = _through(queries, index, firsts, several, None, threads, spread, bounds=False)
-    keys = torch.empty(len(queries), k, dtype=torch.int64)
-    step = max(1, GATHERED // (k + 1) ** 2)
-    for top in range(0, len(queries), step):
-        part = found[top : top + step]
-        kind = kinds[torch.searchsorted(firsts, 2**32 - 1 - (part & (2**32 - 1)))]  # (q, k + 1)
-        member = begins[kind][:, :, None] + torch.arange(k + 1)  # (q, k + 1, k + 1)
-        rows = order[member.clamp(max=len(order) - 1)]
-        barred = member >= ends[kind][:, :, None]
-        if exclude is not None:
-            barred |= rows == exclude[top : top + step, None, None]
-        expanded = reference.as_keys((part >> 32)[:, :, None], rows).masked_fill_(barred, NOTHING)
-        keys[top : top + step] = expanded.flatten(1).topk(k, dim=1).values
-    return keys, sure
-
-
-def _best_groups(queries, index, keep, memory):
-    """Unit rows (q, D), (n GROUP², D) -> the `keep` best groups' maxima (q, keep), descending, and numbers; -inf where no more."""
-    count = len(queries)
-    slab, product = max(GROUP**2, TILE // count // GROUP**2 * GROUP**2), _product(queries, memory)
-    maxima, supers = (
-        memory("maxima", len(index) // GROUP, count),
-        memory("supers", len(index) // GROUP**2, count),
-    )
-    several = TILES * slab
-    for part, best, best_of_best in zip(
-        index.split(several), maxima.split(several // GROUP), supers.split(several // GROUP**2)
-    ):
-        for rows, groups in zip(part.split(slab), best.split(slab // GROUP)):
-            torch.amax(product(rows).view(-1, GROUP, count), dim=1, out=groups)
-        torch.amax(best.view(-1, GROUP, count), dim=1, out=best_of_best)
-    best = supers.T.contiguous().topk(min(keep, len(supers)), dim=1, sorted=False).indices
-    members = (best[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)  # (q, keep * GROUP)
-    values, order = maxima.T.gather(1, members).topk(min(keep, members.shape[1]), dim=1)
-    return values, members.gather(1, order)
-
-
-def _product(right, memory):
-    """A function: rows (n, D) -> rows @ right.T (n, m), all float32, good until it is called again in the same thread."""
-    right = right.contiguous()  # or oneDNN takes hundreds of times as long
-    if LINEAR:
-        return lambda rows: LINEAR(rows, right, None, "none", [], "")
-    columns = right.T.contiguous()
-    return lambda rows: torch.mm(rows, columns, out=memory("tile", len(rows), len(right)))
+            rows = self.index.index_select(0, places)
+        if self.ready:
+            return rows
+        if self.precise:
+            return _normalised(rows).contiguous()
+        return (rows.float() * self.scale[places]).contiguous()
 
 
 class _Memory(threading.local):
-    """memory(name, *shape) -> float32, not cleared: the thread's own, handed out again and again; new pages cost a tenth of all."""
+    """memory(name, *shape) -> float32, uninitialised: each thread's own, reused at every call."""
 
     def __call__(self, name, *shape):
-        size, buffer = math.prod(shape), getattr(self, name, None)
+        size = shape[0] * shape[1]
+        buffer = getattr(self, name, None)
         if buffer is None or buffer.numel() < size:
-            setattr(self, name, torch.empty(size, dtype=torch.float32))
-        return getattr(self, name)[:size].view(shape)
+            buffer = torch.empty(size, dtype=torch.float32)
+            setattr(self, name, buffer)
+        return buffer[:size].view(shape)
+
+
+class _Search:
+    """What blocks of queries have in common."""
+
+    def __init__(self, queries, index, k, exclude, spread, threads, onednn):
+        self.queries, self.index, self.k, self.exclude = queries, index, k, exclude
+        self.rows, self.onednn, self.memory = _UnitRows(index, spread), onednn, _Memory()
+        self.error = (2 * queries.shape[1] + 40) * 2.0**-24  # of a difference of float32 scores
+        self.limit = SURVIVORS + 16 * k
+        self.needed = min(len(index), k + (0 if exclude is None else exclude.shape[1]))
+        self.chunk = max(CHUNK // threads, 4 * FANOUT * self.needed)  # index rows
+        self.fits = self.rows.ready or index.numel() <= PREPARED
+
+    def keys(self, where):
+        """The keys (q, k) of the queries at a slice."""
+        queries, total = self.queries[where], len(self.index)
+        exclude = None if self.exclude is None else self.exclude[where]
+        whole = len(queries) * total <= WHOLE and self.fits
+        if not whole and 2 * FANOUT * self.needed > total:
+            return reference.topk(queries, self.index, self.k, exclude)
+        block = _Block(self, queries, total if whole else TILE * max(1, BLOCK // len(queries)))
+        if whole:
+            block.search_tile()
+        else:
+            block.search_chunks()
+        return block.ranked(queries, exclude)
+
+
+class _Block:
+    """A block of queries: q queries, their bounds, and the rows that reach them.
+
+    A tile is `size` rows of the index, a group the 16 of them that are `stride` rows apart. Group
+    number n belongs to tile n // stride.
+    """
+
+    def __init__(self, search, queries, size):
+        self.search = search
+        self.unit = _normalised(queries)  # (q, D)
+        self.columns = self.unit.T.contiguous()
+        self.count, total = len(queries), len(search.index)
+        tiles = -(-total // size)
+        self.stride = -(-total // (tiles * FANOUT))
+        self.size = self.stride * FANOUT
+        self.best = torch.empty(self.count, 0, dtype=torch.float32)  # (q, k + E) largest maxima
+        self.bounds = torch.empty(self.count, dtype=torch.float32)
+        self.counts = torch.zeros(self.count, dtype=torch.int64)  # rows that reach the bound
+        self.found = []  # query * 2^32 + row
+
+    def tile(self, number):
+        """Scores (size, q) of the rows of a tile, -inf beyond the last row of the index."""
+        rows = self.search.rows[number * self.size : (number + 1) * self.size]
+        scores = self.search.memory("tile", self.size, self.count)
+        if self.search.onednn:
+            product = ONEDNN(rows, self.unit, None, "none", [], "")
+            if len(rows) == self.size:
+                return product
+            scores[: len(rows)] = product
+        else:
+            torch.mm(rows, self.columns, out=scores[: len(rows)])
+        scores[len(rows) :] = -torch.inf
+        return scores
+
+    def search_tile(self):
+        """Searches an index that is a single tile."""
+        tile = self.tile(0)
+        groups = tile.view(FANOUT, self.stride, -1).amax(0)
+        self.raise_bounds(groups if self.stride >= 2 * self.search.needed else tile)
+        self.read(0, tile, groups)
+
+    def search_chunks(self):
+        tiles = -(-len(self.search.index) // self.size)
+        step = -(-tiles // -(-tiles * self.size // self.search.chunk))
+        for first in range(0, tiles, step):
+            self.search_chunk(first, min(step, tiles - first))
+
+    def search_chunk(self, first, tiles):
+        """Searches consecutive tiles."""
+        stride, count, memory = self.stride, self.count, self.search.memory
+        parents = -(-tiles // FANOUT)
+        groups = memory("groups", parents * FANOUT * stride, count)
+        groups[tiles * stride :] = -torch.inf
+        supergroups = memory("supergroups", parents * stride, count)
+        family = FANOUT * stride  # groups of a row of supergroups
+        for i in range(tiles):
+            out = groups[i * stride : (i + 1) * stride]
+            torch.amax(self.tile(first + i).view(FANOUT, stride, count), 0, out=out)
+            if i % FANOUT == FANOUT - 1 or i == tiles - 1:
+                part = groups[i // FANOUT * family :][:family].view(FANOUT, stride, count)
+                torch.amax(part, 0, out=supergroups[i // FANOUT * stride :][:stride])
+        enough = len(supergroups) >= 4 * self.search.needed
+        self.raise_bounds(supergroups if enough else groups)
+        most = tiles * self.size * count // (FANOUT * GATHERING)  # groups worth gathering
+        node, query = (supergroups >= self.bounds).nonzero(as_tuple=True)
+        if len(node) <= most:
+            node = self.members(node)  # (n, 16)
+            parent, member = (groups[node, query[:, None]] >= self.bounds[query, None]).nonzero(
+                as_tuple=True
+            )
+            node, query = node[parent, member], query[parent]
+        if len(node) <= most:
+            self.gather(first, node, query)
+        else:
+            for i in range(tiles):
+                part = groups[i * stride : (i + 1) * stride]
+                if (part >= self.bounds).any():
+                    self.read(first + i, self.tile(first + i), part)
+
+    def members(self, nodes):
+        """(n,) -> (n, 16): rows of groups, or groups of groups."""
+        firsts = nodes // self.stride * self.size + nodes % self.stride
+        return firsts[:, None] + self.stride * torch.arange(FANOUT)
+
+    def raise_bounds(self, maxima):
+        """With maxima (n, q) of distinct rows."""
+        best = torch.cat([self.best, maxima.T], dim=1)
+        self.best = best.topk(self.search.needed, dim=1).values
+        bounds = (self.best[:, -1].double() - self.search.error).clamp(min=-2)  # above -inf
+        self.bounds = torch.where(self.counts > self.search.limit, torch.inf, bounds).float()
+
+    def gather(self, first, groups, queries):
+        """Adds the rows of pairs (n,) of groups, counted from a tile's first, and queries."""
+        rows, total = self.search.rows, len(self.search.index)
+        step = max(1, GATHERED // (FANOUT * self.unit.shape[1]))
+        for group, query in zip(groups.split(step), queries.split(step)):
+            places = self.members(group) + first * self.size  # (n, 16)
+            near = rows[places.clamp(max=total - 1).flatten()].view(
+                *places.shape, self.unit.shape[1]
+            )
+            scores = torch.bmm(self.unit[query, None], near.mT)[:, 0]
+            reached = (scores >= self.bounds[query, None]) & (places < total)
+            pair, member = reached.nonzero(as_tuple=True)
+            self.add(query[pair], places[pair, member])
+
+    def read(self, number, tile, groups):
+        """Adds the rows of a tile (size, q), whose groups' maxima are given, (stride, q)."""
+        group, query = (groups >= self.bounds).nonzero(as_tuple=True)
+        scores = tile.view(FANOUT, self.stride, -1)[:, group, query]  # (16, n)
+        member, pair = (scores >= self.bounds[query]).nonzero(as_tuple=True)
+        self.add(query[pair], number * self.size + member * self.stride + group[pair])
+
+    def add(self, query, row):
+        self.found.append((query << 32) + row)
+        self.counts += torch.bincount(query, minlength=self.count)
+        self.bounds[self.counts > self.search.limit] = torch.inf  # left to the reference
+
+    def ranked(self, queries, exclude):
+        """The keys (q, k) of the queries, from all rows found."""
+        search, limit = self.search, self.search.limit
+        keys = torch.empty(self.count, search.k, dtype=torch.int64)
+        pairs = torch.cat(self.found).sort().values
+        pairs = pairs[(self.counts <= limit)[pairs >> 32]]
+        counts = self.counts.where(self.counts <= limit, 0)
+        rows = torch.full((self.count, max(search.k, int(counts.max()))), -1)
+        columns = torch.arange(len(pairs)) - (counts.cumsum(0) - counts)[pairs >> 32]
+        rows[pairs >> 32, columns] = pairs & (2**32 - 1)
+        for part in counts.argsort().split(RANKED):  # of similar counts
+            few = part[counts[part] > 0]
+            if len(few):
+                width = max(search.k, int(counts[few].max()))
+                excluded = None if exclude is None else exclude[few]
+                keys[few] = reference.best(
+                    queries[few], search.index, rows[few, :width], search.k, excluded
+                )
+        many = (self.counts > limit).nonzero()[:, 0]
+        if len(many):
+            excluded = None if exclude is None else exclude[many]
+            keys[many] = reference.topk(queries[many], search.index, search.k, excluded)
+        return keys

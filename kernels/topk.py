@@ -1,150 +1,169 @@
-"""Exact top-k by cosine similarity: the public call, what it accepts, and which backend computes it.
+"""Exact top-k by cosine similarity: the public call, its checks, and the choice of a backend.
 
-    cosine_topk(queries (Q, D), index (G, D), k, exclude=None, backend="auto") -> scores (Q, k) float32, rows (Q, k) int64
+    cosine_topk(queries (Q, D), index (G, D), k, exclude=None (Q,) or (Q, E), backend="auto")
+        -> scores (Q, k) float32, rows (Q, k) int64
 
-reference.py defines the scores, cpu.py and triton_topk.py find the same ones sooner.
+reference.py defines the result; cpu.py and triton_topk.py compute it faster.
+Copy with: the folder kernels/, torch, numpy.
 """
 
 import contextlib
 import numbers
 import os
 import warnings
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from kernels import cpu, reference
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TRITON_K, TRITON_WIDTH = 64, 1024  # the largest k and D of the Triton kernels
+CHECKED = 4096  # rows whose values are checked at a time, once one is known not to be finite
 
 
-def cosine_topk(queries, index, k, *, exclude=None, backend="auto"):
-    """The k rows of `index` most similar to each query: exhaustive search, similarities told apart down to 2^-24.
+def cosine_topk(
+    queries: torch.Tensor | np.ndarray,
+    index: torch.Tensor | np.ndarray,
+    k: int,
+    *,
+    exclude: torch.Tensor | np.ndarray | Sequence | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact search: the k rows of `index` most similar to each query.
 
-    queries (Q, D), index (G, D): floating point, any norm (rows are L2-normalised inside; a zero row has similarity 0 to all).
-    exclude: (Q,) integers, an index row that each query may not return, or -1.
-    Returns scores (Q, k) float32 in [-1, 1], descending, and rows (Q, k) int64 on the queries' device. Rows of equal score come
-    in ascending order. Scores are computed in float64 and rounded to multiples of 2^-24, so that rounding noise does not order
-    equal vectors (unless their cosine is within 1e-9 of the middle between two multiples). The result is the same, bit for
-    bit, whatever the blocks, the threads and the batches of queries. Memory beside inputs and result on a CPU: about 80 MB, and
-    10 MB a thread; more where rows are wider than 512 values, and 24 bytes a row where rows stand in the index again and again.
-    While a search is on, torch's number of threads is 1 in this process; a Python thread that first uses torch then keeps it.
-    backend: "torch", "triton" (a GPU, or Triton's interpreter; k to 64, D to 1024), or "auto": triton where the queries are on a
-    GPU and k and D allow it, else torch. The result is the same.
-    Raises ValueError for shapes, types or values that do not fit, and for k above the number of rows left to a query.
+    queries (Q, D), index (G, D): floating point of 16, 32 or 64 bits, any norm. Rows are
+    L2-normalised inside; a zero row has similarity 0 to every row.
+    exclude: (Q,) or (Q, E) integers, index rows that each query may not return; -1 for none.
+    backend: "torch", "triton" (a GPU or Triton's interpreter; k to 64, D to 1024) or "auto":
+    triton for queries on a GPU where k and D allow it, torch otherwise. All give the same result.
+
+    Returns scores (Q, k) float32 in [-1, 1], descending, and rows (Q, k) int64, both on the
+    queries' device. Rows of equal score are in ascending order. A score is the cosine in float64
+    rounded to a multiple of 2^-24, so that rounding errors do not order equal vectors. The result
+    does not depend on the batching of queries or the number of threads, bit for bit.
+
+    A search on the CPU takes up to 128 MB beside inputs and result for D to 1024 and k to 100, and
+    4 bytes per index row. It sets torch's number of threads to 1 while it runs; a Python thread
+    that first uses torch during that time keeps the 1.
+    Raises ValueError for shapes, types or values that do not fit, and for k above the number of
+    rows left to a query.
     """
-    queries, index = _plain("queries", queries), _plain("index", index)
+    queries, index = _matrix("queries", queries), _matrix("index", index)
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend {backend!r} is unknown: use 'auto', 'torch' or 'triton'")
-    exclude = _validated(queries, index, k, exclude)
-    on_gpu = queries.is_cuda
-    if backend == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+    if queries.shape[1] != index.shape[1]:
         raise ValueError(
-            f"backend 'triton' cannot compute on {queries.device}: it needs the queries on a GPU, or else "
-            "TRITON_INTERPRET=1 in the environment; use 'auto' or 'torch'"
+            f"queries have {queries.shape[1]} dimensions, the index has {index.shape[1]}: "
+            "they must have the same number"
         )
-    on_cpu = queries.is_cpu and index.is_cpu
-    if (
-        backend != "triton"
-        and on_cpu
-        and (found := cpu.few(queries, index, int(k), exclude)) is not None
-    ):
-        return found
+    exclude, left = _excluded(exclude, queries, len(index))
+    if left < 1:
+        raise ValueError(
+            f"the index has {len(index)} rows, which leaves none to a query: add at least one"
+        )
+    if not isinstance(k, numbers.Integral) or isinstance(k, bool) or not 1 <= k <= left:
+        raise ValueError(
+            f"k is {k!r}: it must be a whole number from 1 to {left}, the number of index rows "
+            "less the excluded ones"
+        )
+    search = _search(backend, queries, index, k)
     for name, matrix in (("queries", queries), ("index", index)):
-        if not matrix.sum().isfinite():  # finite values may overflow it
-            for top in range(0, len(matrix), 4096):
-                wrong = (~matrix[top : top + 4096].isfinite().all(dim=1)).nonzero()
-                if len(wrong):
-                    raise ValueError(
-                        f"{name} row {top + int(wrong[0])} holds a value that is not finite: all must be"
-                    )
-    if (
-        backend == "triton"
-        or backend == "auto"
-        and on_gpu
-        and k <= 64
-        and 1 <= queries.shape[1] <= 1024
-    ):
-        from kernels.triton_topk import (
-            topk as search,  # here: triton is slow to import, and not everywhere
-        )
-    else:
-        search = cpu.topk if on_cpu else reference.topk
-    # Inference mode is of one thread alone: others may not write into what was made in it.
-    here = (
-        queries.device if torch.get_default_device() != queries.device else contextlib.nullcontext()
-    )
+        _check_finite(name, matrix)
+    # Worker threads may not write into tensors that were created in inference mode.
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(queries.device.type, enabled=False),
-        here,
+        _default_device(queries.device),
     ):
         return reference.result(search(queries, index, int(k), exclude))
 
 
-def _plain(name, matrix):
-    matrix = _tensor(name, matrix)
-    return matrix.detach().resolve_neg() if matrix.requires_grad or matrix.is_neg() else matrix
+def _search(backend, queries, index, k):
+    """The function that computes the keys."""
+    on_gpu = queries.is_cuda
+    if backend == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend 'triton' cannot compute on {queries.device}: it needs the queries on a GPU, "
+            "or TRITON_INTERPRET=1 in the environment; use 'auto' or 'torch'"
+        )
+    suits_triton = k <= TRITON_K and 1 <= queries.shape[1] <= TRITON_WIDTH
+    if backend == "triton" or backend == "auto" and on_gpu and suits_triton:
+        from kernels import triton_topk  # slow to import, and not available on every system
+
+        return triton_topk.topk
+    return cpu.topk if queries.is_cpu and index.is_cpu else reference.topk
+
+
+def _default_device(device):
+    return contextlib.nullcontext() if torch.get_default_device() == device else device
 
 
 def _tensor(name, values):
     if isinstance(values, torch.Tensor):
         return values
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "The given NumPy array is not writable"
-            )  # nothing writes into it
+        with warnings.catch_warnings():  # nothing writes into the array
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"{name} cannot be taken as a tensor ({reason}): give a tensor or an array of numbers"
+            f"{name} cannot be converted to a tensor ({reason}): give a tensor or an array of "
+            "numbers"
         ) from None
 
 
-def _validated(queries, index, k, exclude):
-    for name, matrix in (("queries", queries), ("index", index)):
-        if matrix.ndim != 2 or matrix.dtype not in TYPES or matrix.layout != torch.strided:
-            layout = "" if matrix.layout == torch.strided else f" {matrix.layout}"
-            raise ValueError(
-                f"{name} are {tuple(matrix.shape)} {matrix.dtype}{layout}: they must be two-dimensional, dense and "
-                "floating point of 16, 32 or 64 bits"
-            )
-    if queries.shape[1] != index.shape[1]:
+def _matrix(name, values):
+    """A detached matrix (n, D) of floating-point numbers."""
+    matrix = _tensor(name, values)
+    if matrix.ndim != 2 or matrix.dtype not in TYPES or matrix.layout != torch.strided:
+        layout = "" if matrix.layout == torch.strided else f" {matrix.layout}"
         raise ValueError(
-            f"queries have {queries.shape[1]} dimensions, the index has {index.shape[1]}: they must have the same"
+            f"{name} are {tuple(matrix.shape)} {matrix.dtype}{layout}: they must be "
+            "two-dimensional, dense and floating point of 16, 32 or 64 bits"
         )
-    left = index.shape[0]
-    if exclude is not None:
-        exclude = _tensor("exclude", exclude).to(queries.device)
-        exclude = exclude if exclude.numel() else exclude.long()  # an empty list is of floats
-        if (
-            exclude.shape != queries.shape[:1]
-            or exclude.layout != torch.strided
-            or exclude.is_floating_point()
-            or exclude.is_complex()
-            or exclude.dtype == torch.bool
-        ):
-            raise ValueError(
-                f"exclude is {tuple(exclude.shape)} {exclude.dtype}: it must hold one integer for each of the "
-                f"{len(queries)} queries"
-            )
-        lowest = 0 if exclude.dtype == torch.uint64 else -1
-        exclude = exclude.long()
-        outside = (exclude < lowest) | (exclude >= len(index))
-        if outside.any():
-            raise ValueError(
-                f"exclude holds {int(exclude[outside][0])}: it must hold rows of the index, 0 to "
-                f"{len(index) - 1}, or -1"
-            )
-        left -= int((exclude >= 0).any())
-    if left < 1:
+    return matrix.detach().resolve_neg() if matrix.requires_grad or matrix.is_neg() else matrix
+
+
+def _excluded(exclude, queries, total):
+    """-> exclude (Q, E) int64 or None, and the number of index rows left to every query."""
+    if exclude is None:
+        return None, total
+    rows = _tensor("exclude", exclude).to(queries.device)
+    rows = rows if rows.numel() else rows.long()  # an empty list is of floats
+    integers = not (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool)
+    fits = rows.ndim in (1, 2) and len(rows) == len(queries) and rows.layout == torch.strided
+    if not fits or not integers:
         raise ValueError(
-            f"the index has {len(index)} rows, which leaves none to a query: give at least one more"
+            f"exclude is {tuple(rows.shape)} {rows.dtype}: it must hold integers, one or several "
+            f"for each of the {len(queries)} queries"
         )
-    if not isinstance(k, (int, numbers.Integral)) or isinstance(k, bool) or not 1 <= k <= left:
+    lowest = 0 if rows.dtype == torch.uint64 else -1  # uint64 wraps around to negative numbers
+    rows = rows.long() if rows.ndim == 2 else rows.long()[:, None]
+    outside = (rows < lowest) | (rows >= total)
+    if outside.any():
         raise ValueError(
-            f"k is {k!r}: it must be a whole number from 1 to {left}, the rows of the index less the excluded one"
+            f"exclude holds {int(rows[outside][0])}: it must hold rows of the index, 0 to "
+            f"{total - 1}, or -1"
         )
-    return exclude
+    if not rows.numel():
+        return None, total
+    ordered = rows.sort(dim=1).values
+    new = ordered >= 0
+    new[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
+    return rows, total - int(new.sum(1).max())
+
+
+def _check_finite(name, matrix):
+    if matrix.sum().isfinite():
+        return
+    for top in range(0, len(matrix), CHECKED):  # finite values may overflow the sum
+        wrong = (~matrix[top : top + CHECKED].isfinite().all(dim=1)).nonzero()
+        if len(wrong):
+            raise ValueError(
+                f"{name} row {top + int(wrong[0])} holds a value that is not finite: "
+                "all must be finite"
+            )
