@@ -87,94 +87,94 @@ IGNORED["augreg_variant"] = IGNORED["augreg"]
 
 def shapes_of(family):
     """{key: (shape, role)} of a file's backbone; the role sets the scale of the random values."""
-    tokens, head = 1 + GRID * GRID, WIDTH // HEADS
     if family == "augreg":
-        shapes = {
-            "cls": ((1, 1, WIDTH), "stream"),
-            "Transformer/posembed_input/pos_embedding": ((1, tokens, WIDTH), "stream"),
-            "embedding/kernel": ((PATCH, PATCH, 3, WIDTH), "patch"),
-            "embedding/bias": ((WIDTH,), "stream"),
-            "Transformer/encoder_norm/scale": ((WIDTH,), "scale"),
-            "Transformer/encoder_norm/bias": ((WIDTH,), "bias"),
-        }
-        for i in range(DEPTH):
-            block = f"Transformer/encoderblock_{i}"
-            for norm in ("LayerNorm_0", "LayerNorm_2"):
-                shapes |= {
-                    f"{block}/{norm}/scale": ((WIDTH,), "scale"),
-                    f"{block}/{norm}/bias": ((WIDTH,), "bias"),
-                }
-            attention = f"{block}/MultiHeadDotProductAttention_1"
-            for part in ("query", "key", "value"):
-                shapes |= {
-                    f"{attention}/{part}/kernel": ((WIDTH, HEADS, head), "kernel"),
-                    f"{attention}/{part}/bias": ((HEADS, head), "bias"),
-                }
-            shapes |= {
-                f"{attention}/out/kernel": ((HEADS, head, WIDTH), "out"),
-                f"{attention}/out/bias": ((WIDTH,), "stream"),
-                f"{block}/MlpBlock_3/Dense_0/kernel": ((WIDTH, HIDDEN), "kernel"),
-                f"{block}/MlpBlock_3/Dense_0/bias": ((HIDDEN,), "bias"),
-                f"{block}/MlpBlock_3/Dense_1/kernel": ((HIDDEN, WIDTH), "out"),
-                f"{block}/MlpBlock_3/Dense_1/bias": ((WIDTH,), "stream"),
-            }
-        return shapes
+        return augreg_shapes()
     if family == "augreg_variant":
-        return {augreg_variant_key(key): value for key, value in shapes_of("augreg").items()}
-    if family == "clip":
-        names = dict(
-            patch="visual.conv1",
-            norm="visual.ln_post",
-            pre="visual.ln_pre",
-            block="visual.transformer.resblocks",
-            norm1="ln_1",
-            norm2="ln_2",
-            qkv="attn.in_proj_",
-            out="attn.out_proj",
-            fc1="mlp.c_fc",
-            fc2="mlp.c_proj",
-        )
-        shapes = {
-            "visual.class_embedding": ((WIDTH,), "stream"),
-            "visual.positional_embedding": ((tokens, WIDTH), "stream"),
-        }
-    else:
-        names = dict(
-            patch="patch_embed.proj",
-            norm="norm",
-            pre="norm_pre",
-            block="blocks",
-            norm1="norm1",
-            norm2="norm2",
-            qkv="attn.qkv.",
-            out="attn.proj",
-            fc1="mlp.fc1",
-            fc2="mlp.fc2",
-        )
-        shapes = {
-            "cls_token": ((1, 1, WIDTH), "stream"),
-            "pos_embed": ((1, tokens, WIDTH), "stream"),
-        }
-    shapes[f"{names['patch']}.weight"] = ((WIDTH, 3, PATCH, PATCH), "patch")
-    if family == "timm":
-        shapes["patch_embed.proj.bias"] = ((WIDTH,), "stream")
-    else:
-        shapes |= {
-            f"{names['pre']}.weight": ((WIDTH,), "small scale"),
-            f"{names['pre']}.bias": ((WIDTH,), "stream"),
-        }
-    shapes |= {
-        f"{names['norm']}.weight": ((WIDTH,), "scale"),
-        f"{names['norm']}.bias": ((WIDTH,), "bias"),
+        return {augreg_variant_key(key): value for key, value in augreg_shapes().items()}
+    return torch_shapes(family)
+
+
+def augreg_shapes():
+    tokens, head = 1 + GRID * GRID, WIDTH // HEADS
+    shapes = {
+        "cls": ((1, 1, WIDTH), "stream"),
+        "Transformer/posembed_input/pos_embedding": ((1, tokens, WIDTH), "stream"),
+        "embedding/kernel": ((PATCH, PATCH, 3, WIDTH), "patch"),
+        "embedding/bias": ((WIDTH,), "stream"),
+        "Transformer/encoder_norm/scale": ((WIDTH,), "scale"),
+        "Transformer/encoder_norm/bias": ((WIDTH,), "bias"),
     }
     for i in range(DEPTH):
-        block = f"{names['block']}.{i}"
-        for norm in (names["norm1"], names["norm2"]):
-            shapes |= {
-                f"{block}.{norm}.weight": ((WIDTH,), "scale"),
-                f"{block}.{norm}.bias": ((WIDTH,), "bias"),
-            }
-        qkv, out, fc1, fc2 = (f"{block}.{names[part]}" for part in ("qkv", "out", "fc1", "fc2"))
+        block = f"Transformer/encoderblock_{i}"
+        attention = f"{block}/MultiHeadDotProductAttention_1"
+        for norm in ("LayerNorm_0", "LayerNorm_2"):
+            shapes[f"{block}/{norm}/scale"] = ((WIDTH,), "scale")
+            shapes[f"{block}/{norm}/bias"] = ((WIDTH,), "bias")
+        for part in ("query", "key", "value"):
+            shapes[f"{attention}/{part}/kernel"] = ((WIDTH, HEADS, head), "kernel")
+            shapes[f"{attention}/{part}/bias"] = ((HEADS, head), "bias")
+        shapes |= {
+            f"{attention}/out/kernel": ((HEADS, head, WIDTH), "out"),
+            f"{attention}/out/bias": ((WIDTH,), "stream"),
+            f"{block}/MlpBlock_3/Dense_0/kernel": ((WIDTH, HIDDEN), "kernel"),
+            f"{block}/MlpBlock_3/Dense_0/bias": ((HIDDEN,), "bias"),
+            f"{block}/MlpBlock_3/Dense_1/kernel": ((HIDDEN, WIDTH), "out"),
+            f"{block}/MlpBlock_3/Dense_1/bias": ((WIDTH,), "stream"),
+        }
+    return shapes
+
+
+TIMM_LAYOUT = dict(
+    cls="cls_token",
+    table="pos_embed",
+    patch="patch_embed.proj",
+    pre="norm_pre",
+    norm="norm",
+    block="blocks.{}.",
+    norm1="norm1",
+    norm2="norm2",
+    qkv="attn.qkv.",
+    out="attn.proj",
+    fc1="mlp.fc1",
+    fc2="mlp.fc2",
+)
+CLIP_LAYOUT = dict(
+    cls="visual.class_embedding",
+    table="visual.positional_embedding",
+    patch="visual.conv1",
+    pre="visual.ln_pre",
+    norm="visual.ln_post",
+    block="visual.transformer.resblocks.{}.",
+    norm1="ln_1",
+    norm2="ln_2",
+    qkv="attn.in_proj_",
+    out="attn.out_proj",
+    fc1="mlp.c_fc",
+    fc2="mlp.c_proj",
+)
+
+
+def torch_shapes(family):
+    layout, tokens = CLIP_LAYOUT if family == "clip" else TIMM_LAYOUT, 1 + GRID * GRID
+    batch = () if family == "clip" else (1,)
+    shapes = {
+        layout["cls"]: ((*batch, *batch, WIDTH), "stream"),
+        layout["table"]: ((*batch, tokens, WIDTH), "stream"),
+        f"{layout['patch']}.weight": ((WIDTH, 3, PATCH, PATCH), "patch"),
+        f"{layout['norm']}.weight": ((WIDTH,), "scale"),
+        f"{layout['norm']}.bias": ((WIDTH,), "bias"),
+    }
+    if family == "timm":
+        shapes[f"{layout['patch']}.bias"] = ((WIDTH,), "stream")
+    else:
+        shapes[f"{layout['pre']}.weight"] = ((WIDTH,), "small scale")
+        shapes[f"{layout['pre']}.bias"] = ((WIDTH,), "stream")
+    for i in range(DEPTH):
+        block = layout["block"].format(i)
+        for norm in (layout["norm1"], layout["norm2"]):
+            shapes[f"{block}{norm}.weight"] = ((WIDTH,), "scale")
+            shapes[f"{block}{norm}.bias"] = ((WIDTH,), "bias")
+        qkv, out, fc1, fc2 = (block + layout[part] for part in ("qkv", "out", "fc1", "fc2"))
         shapes |= {
             f"{qkv}weight": ((3 * WIDTH, WIDTH), "kernel"),
             f"{qkv}bias": ((3 * WIDTH,), "bias"),
@@ -298,39 +298,44 @@ def equations(family, weights):
 
     Kernels are (in, out), or (in, heads, dim) in attention; the position table is (N+1, D).
     """
-    w = {key: value.astype(np.float64) for key, value in weights.items()}
+    weights = {key: value.astype(np.float64) for key, value in weights.items()}
     if family == "augreg_variant":
-        return equations(
-            "augreg", {key: weights[augreg_variant_key(key)] for key in shapes_of("augreg")}
-        )
-    if family == "augreg":
+        weights = {key: weights[augreg_variant_key(key)] for key in augreg_shapes()}
+    if "augreg" in family:
+        return augreg_equations(weights)
+    return torch_equations(family, weights)
 
-        def dense(name):
-            return w[f"{name}/kernel"], w[f"{name}/bias"]
 
-        def scale_and_bias(name):
-            return w[f"{name}/scale"], w[f"{name}/bias"]
+def augreg_equations(w):
+    def dense(name):
+        return w[f"{name}/kernel"], w[f"{name}/bias"]
 
-        def block(i):
-            block = f"Transformer/encoderblock_{i}"
-            attention = f"{block}/MultiHeadDotProductAttention_1"
-            return dict(
-                {part: dense(f"{attention}/{part}") for part in ("query", "key", "value", "out")},
-                norm1=scale_and_bias(f"{block}/LayerNorm_0"),
-                norm2=scale_and_bias(f"{block}/LayerNorm_2"),
-                fc1=dense(f"{block}/MlpBlock_3/Dense_0"),
-                fc2=dense(f"{block}/MlpBlock_3/Dense_1"),
-            )
+    def scale_and_bias(name):
+        return w[f"{name}/scale"], w[f"{name}/bias"]
 
+    def block(i):
+        name = f"Transformer/encoderblock_{i}"
+        attention = f"{name}/MultiHeadDotProductAttention_1"
         return dict(
-            patch=dense("embedding"),
-            cls=w["cls"][0, 0],
-            pre=None,
-            blocks=[block(i) for i in range(DEPTH)],
-            table=w["Transformer/posembed_input/pos_embedding"][0],
-            norm=scale_and_bias("Transformer/encoder_norm"),
+            {part: dense(f"{attention}/{part}") for part in ("query", "key", "value", "out")},
+            norm1=scale_and_bias(f"{name}/LayerNorm_0"),
+            norm2=scale_and_bias(f"{name}/LayerNorm_2"),
+            fc1=dense(f"{name}/MlpBlock_3/Dense_0"),
+            fc2=dense(f"{name}/MlpBlock_3/Dense_1"),
         )
-    clip = family == "clip"
+
+    return dict(
+        patch=dense("embedding"),
+        cls=w["cls"][0, 0],
+        table=w["Transformer/posembed_input/pos_embedding"][0],
+        pre=None,
+        blocks=[block(i) for i in range(DEPTH)],
+        norm=scale_and_bias("Transformer/encoder_norm"),
+    )
+
+
+def torch_equations(family, w):
+    layout = CLIP_LAYOUT if family == "clip" else TIMM_LAYOUT
 
     def pair(name):
         return w[f"{name}.weight"], w[f"{name}.bias"]
@@ -338,34 +343,31 @@ def equations(family, weights):
     def linear(name):
         return w[f"{name}.weight"].T, w[f"{name}.bias"]
 
-    def torch_block(i):
-        block = f"visual.transformer.resblocks.{i}" if clip else f"blocks.{i}"
-        qkv = f"{block}.attn.in_proj_" if clip else f"{block}.attn.qkv."
-        parts = {}
-        for number, part in enumerate(("query", "key", "value")):  # rows: queries, keys, values
+    def block(i):
+        name = layout["block"].format(i)
+        qkv, parts = name + layout["qkv"], {}
+        for number, part in enumerate(("query", "key", "value")):
             rows = slice(number * WIDTH, (number + 1) * WIDTH)
-            parts[part] = (
-                w[f"{qkv}weight"][rows].T.reshape(WIDTH, HEADS, -1),
-                w[f"{qkv}bias"][rows].reshape(HEADS, -1),
-            )
-        kernel, bias = linear(f"{block}.attn.out_proj" if clip else f"{block}.attn.proj")
+            kernel, bias = w[f"{qkv}weight"][rows].T, w[f"{qkv}bias"][rows]
+            parts[part] = kernel.reshape(WIDTH, HEADS, -1), bias.reshape(HEADS, -1)
+        kernel, bias = linear(name + layout["out"])
         return dict(
-            norm1=pair(f"{block}.ln_1" if clip else f"{block}.norm1"),
-            **parts,
+            parts,
             out=(kernel.reshape(HEADS, -1, WIDTH), bias),
-            norm2=pair(f"{block}.ln_2" if clip else f"{block}.norm2"),
-            fc1=linear(f"{block}.mlp.c_fc" if clip else f"{block}.mlp.fc1"),
-            fc2=linear(f"{block}.mlp.c_proj" if clip else f"{block}.mlp.fc2"),
+            norm1=pair(name + layout["norm1"]),
+            norm2=pair(name + layout["norm2"]),
+            fc1=linear(name + layout["fc1"]),
+            fc2=linear(name + layout["fc2"]),
         )
 
-    patch = w["visual.conv1.weight" if clip else "patch_embed.proj.weight"].transpose(2, 3, 1, 0)
+    kernel = w[f"{layout['patch']}.weight"].transpose(2, 3, 1, 0)
     return dict(
-        patch=(patch, w.get("patch_embed.proj.bias", 0)),
-        blocks=[torch_block(i) for i in range(DEPTH)],
-        cls=w["visual.class_embedding"] if clip else w["cls_token"][0, 0],
-        table=w["visual.positional_embedding"] if clip else w["pos_embed"][0],
-        pre=pair("visual.ln_pre") if clip else pair("norm_pre") if family == "timm_clip" else None,
-        norm=pair("visual.ln_post" if clip else "norm"),
+        patch=(kernel, w.get(f"{layout['patch']}.bias", 0)),
+        cls=w[layout["cls"]].reshape(WIDTH),
+        table=w[layout["table"]].reshape(-1, WIDTH),
+        pre=None if family == "timm" else pair(layout["pre"]),
+        blocks=[block(i) for i in range(DEPTH)],
+        norm=pair(layout["norm"]),
     )
 
 
@@ -1103,22 +1105,57 @@ class Bomb:
         return (open, (str(self.target), "w"))
 
 
+def bad_contents(folder):
+    """{kind: content for torch.save}"""
+    tensors, bomb = timm_tensors(random_weights("timm")), Bomb(folder / "exploded")
+    return {
+        "saved object": {"state_dict": tensors, "config": bomb},
+        "saved module": small_vit(),
+        "tensor": torch.ones(3),
+        "list": [torch.ones(3)],
+        "number": 3,
+        "no keys": {},
+        "no tensors": {"state_dict": {"epoch": 3}},
+        "keys that are numbers": {0: torch.ones(3), 1: torch.ones(3)},
+        "another network": {
+            "conv1.weight": torch.ones(8, 3, 7, 7),
+            "layer1.0.conv1.weight": torch.ones(8, 8, 3, 3),
+        },
+        "CLIP's ResNet": {
+            "visual.conv1.weight": torch.ones(4, 3, 3, 3),
+            "visual.attnpool.positional_embedding": torch.ones(50, 8),
+            "visual.layer1.0.conv1.weight": torch.ones(4, 4, 1, 1),
+            "positional_embedding": torch.ones(7, 8),
+        },
+        "CLIP's text tower": {
+            "positional_embedding": torch.ones(7, 8),
+            "ln_final.weight": torch.ones(8),
+        },
+        "open_clip around timm": {f"visual.trunk.{key}": v for key, v in tensors.items()},
+        "flat teacher": {f"teacher.backbone.{key}": v for key, v in tensors.items()},
+    }
+
+
 def bad_files(folder):
     """{kind: function that writes such a file and returns its path}"""
     timm, augreg = random_weights("timm"), random_weights("augreg")
+    png, text = b"\x89PNG\r\n\x1a\n" + bytes(200), b"line one\nline two\n"
 
     def raw(name, content):
         (folder / name).write_bytes(content)
         return folder / name
 
-    def saved(content):
-        torch.save(content, folder / "weights.pth")
+    def saved(kind):
+        torch.save(bad_contents(folder)[kind], folder / "weights.pth")
         return folder / "weights.pth"
 
     def cut(path, share):
         content = path.read_bytes()
         path.write_bytes(content[: int(len(content) * share)])
         return path
+
+    def cut_torchscript():
+        return cut(save(folder / "a", random_weights("clip"), "torchscript"), 0.5)
 
     def npz(**arrays):
         np.savez(folder / "weights.npz", **arrays)
@@ -1129,58 +1166,24 @@ def bad_files(folder):
         return (folder / "array.npy").rename(folder / "array.npz")
 
     bomb = Bomb(folder / "exploded")
-    png, text = b"\x89PNG\r\n\x1a\n" + bytes(200), b"line one\nline two\n"
-    resnet = {
-        "visual.conv1.weight": torch.ones(4, 3, 3, 3),
-        "visual.attnpool.positional_embedding": torch.ones(50, 8),
-        "visual.layer1.0.conv1.weight": torch.ones(4, 4, 1, 1),
-        "positional_embedding": torch.ones(7, 8),
-    }
-    other = {
-        "conv1.weight": torch.ones(8, 3, 7, 7),
-        "layer1.0.conv1.weight": torch.ones(8, 8, 3, 3),
-    }
-    text_tower = {"positional_embedding": torch.ones(7, 8), "ln_final.weight": torch.ones(8)}
-    trunk = {f"visual.trunk.{key}": value for key, value in timm_tensors(timm).items()}
-    flat = {f"teacher.backbone.{key}": value for key, value in timm_tensors(timm).items()}
-    files = {
-        "missing": lambda: folder / "none.pth",
-        "missing npz": lambda: folder / "none.npz",
-        "png": lambda: raw("image.png", png),
-        "png named pth": lambda: raw("image.pth", png),
-        "png named npz": lambda: raw("image.npz", png),
-        "text": lambda: raw("text.txt", text),
-        "text named pth": lambda: raw("text.pth", text),
-        "text named npz": lambda: raw("text.npz", text),
-        "torchscript cut": lambda: cut(
-            save(folder / "weights", random_weights("clip"), "torchscript"), 0.5
-        ),
+    files = {kind: lambda kind=kind: saved(kind) for kind in bad_contents(folder)}
+    files |= {
+        "pickled object": lambda: raw("weights.pth", pickle.dumps({"state_dict": bomb})),
+        "torchscript cut": cut_torchscript,
         "npz named pth": lambda: save(folder / "a", augreg, "npz").rename(folder / "a.pth"),
         "pth named npz": lambda: save(folder / "a", timm).rename(folder / "a.npz"),
         "npz of objects": lambda: npz(cls=np.array([bomb, None], dtype=object)),
         "npz of strings": lambda: npz(cls=np.array(["a", "b"])),
         "npz of nothing": lambda: npz(),
         "one array": one_array,
-        "pickled object": lambda: raw("weights.pth", pickle.dumps({"state_dict": bomb})),
-        "saved object": lambda: saved({"state_dict": timm_tensors(timm), "config": bomb}),
-        "saved module": lambda: saved(small_vit()),
-        "tensor": lambda: saved(torch.ones(3)),
-        "list": lambda: saved([torch.ones(3)]),
-        "number": lambda: saved(3),
-        "no keys": lambda: saved({}),
-        "no tensors": lambda: saved({"state_dict": {"epoch": 3}}),
-        "keys that are numbers": lambda: saved({0: torch.ones(3), 1: torch.ones(3)}),
-        "another network": lambda: saved(other),
-        "CLIP's ResNet": lambda: saved(resnet),
-        "CLIP's text tower": lambda: saved(text_tower),
-        "open_clip around timm": lambda: saved(trunk),
-        "flat teacher": lambda: saved(flat),
     }
+    for suffix in (".pth", ".npz", ".txt"):
+        files[f"missing{suffix}"] = lambda suffix=suffix: folder / f"none{suffix}"
+        files[f"image{suffix}"] = lambda suffix=suffix: raw(f"image{suffix}", png)
+        files[f"text{suffix}"] = lambda suffix=suffix: raw(f"text{suffix}", text)
     for share in (0.02, 0.5, 0.99):
-        files |= {
-            f"npz cut at {share}": lambda s=share: cut(save(folder / "a", augreg, "npz"), s),
-            f"pth cut at {share}": lambda s=share: cut(save(folder / "a", timm), s),
-        }
+        files[f"npz cut at {share}"] = lambda s=share: cut(save(folder / "a", augreg, "npz"), s)
+        files[f"pth cut at {share}"] = lambda s=share: cut(save(folder / "a", timm), s)
     return files
 
 
