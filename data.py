@@ -1,154 +1,359 @@
-"""Domains on disk and procedural ones, the paper's transforms, batches that are functions of (seed, step).
-Copy with: torch, numpy, pillow.
+"""Data directories, training batches as functions of (seed, step), and a check of all files.
 
-    Benchmark(root)         the domains of a folder (UnED layout or class folders), or without one the procedural domains
-    .split(domain, name)    -> Split: the images of one split of one domain, and their labels
-    TrainBatches[step, domain]  -> images (B, 3, H, W) uint8, labels (B,) int64 in 0..C-1, the same for any number of workers
-    stream                  the batches of consecutive steps, each of the domain that the sampler draws, from 0 or more workers
-    TestImages[i]           -> image (3, H, W) uint8, prepared as for evaluation
-    normalise               uint8 (B, 3, H, W) -> float32, with the statistics of the backbone's weights
+    Benchmark(root)             the domains of a directory, or without one the procedural domains
+    .split(domain, name)        -> Split: the images of one split of one domain, their labels
+    TrainBatches[step, domain]  -> images (B, 3, H, W) uint8, labels (B,) int64 in 0..C-1
+    TestImages[rows]            -> (B, 3, H, W) uint8, prepared for evaluation
+    stream(batches, sampler, start, stop, workers)  the batches of consecutive steps
+    same_file_rows(queries, index)                  the rows of each query's own file in the index
+    open_image, prepare_train, prepare_test, normalise, ...   as in images.py
 
-UnED layout:    ROOT/info_files/<domain>/<split>.json, a list of {"path": relative to ROOT/images, "class_id": int or [int, ...]};
-                splits train, val, test, and where queries and index differ `index` (for test) and `small_index` (for val).
-Class folders:  ROOT/<domain>/<class>/*.jpg; the classes are cut about 60 / 10 / 30 into train / val / test, class-disjoint.
+    python data.py check DIR [--json FILE]   opens every image and lists what is wrong
+
+UnED layout:    ROOT/info_files/<domain>/<split>.json, a list of {"path": relative to ROOT/images,
+                "class_id": int or [int, ...]}; splits train, val, test, and where queries and index
+                differ `index` (searched by test) and `small_index` (searched by val).
+Class folders:  ROOT/<domain>/<class>/**/*.jpg; the classes are divided about 60 / 10 / 30 into
+                train / val / test. Or ROOT/<domain>/<split>/<class>/**/*.jpg, or for one domain
+                ROOT/<split>/<class>/**/*.jpg, with splits train, val, test.
+Copy with: images, procedural, torch, numpy, pillow.
 """
 
 import argparse
+import collections
+import functools
+import hashlib
+import itertools
 import json
 import os
-import zlib
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import procedural
+from folders import (
+    ClassFolders,
+    Entries,
+    Files,
+    conflicts,
+    look_up,
+    missing_files,
+    read_class_folders,
+    read_manifest,
+    split_folders,
+    visible_directories,
+)
+from images import (
+    SUFFIXES,
+    InputError,
+    normalise,
+    open_image,
+    open_reduced,
+    prepare_test,
+    prepare_train,
+    printable,
+    resize,
+    train_side,
+)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+__all__ = [
+    "Benchmark",
+    "InputError",
+    "Parser",
+    "Split",
+    "TestImages",
+    "TrainBatches",
+    "check",
+    "loaded",
+    "normalise",
+    "open_image",
+    "prepare_test",
+    "prepare_train",
+    "printable",
+    "processors",
+    "resize",
+    "same_file_rows",
+    "stream",
+    "train_side",
+]
+
 MEMORY_LIMIT = 2 << 30  # bytes of prepared uint8 pixels up to which images stay decoded in memory
+SKIP_LIMIT = 0.01  # share of a split's images that may be skipped
 INDEX_OF = {"test": "index", "val": "small_index"}  # searched where a domain has them
-
-
-class InputError(ValueError):
-    """Data that cannot be used: what, its value, what is allowed and the remedy, in a sentence."""
 
 
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are one sentence on stderr and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+        self.exit(2, f"{self.prog}: {printable(message)}; --help lists the options\n")
+
+
+def processors() -> int:
+    """The number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+# Splits -------------------------------------------------------------------------------------------
+
+
+class Paths(Sequence):
+    """A sequence of paths in two arrays: worker processes share them without copies, and a long
+    path costs no more than its own length."""
+
+    def __init__(self, paths: Iterable[str]):
+        encoded = [os.fsencode(path) for path in paths]
+        self.bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self.ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> str:
+        i = range(len(self.ends))[i]
+        start = self.ends[i - 1] if i else 0
+        return os.fsdecode(self.bytes[start : self.ends[i]].tobytes())
+
+
+_numbers = itertools.count()
 
 
 class Split:
-    """The images of one split of one domain: `labels` and `image(i)`.
+    """The images of one split of one domain; `image(i)` opens one.
 
-    labels   (N,) int32, or where an image has several classes a list of tuples
-    classes  (N,) int64 in 0..C-1 and `num_classes` C: the labels renumbered for a classifier (single labels only)
+    labels   (N,) int32, or a list of N tuples where an image has several classes
+    classes  (N,) int64 in 0..C-1, the labels renumbered for a classifier; for single labels only
+    num_classes  C
+    paths    N file names below `folder`; None for images in memory
+    pixels   (N, H, W, 3) uint8 of images in memory; None for files
+    files    (N,) int64; rows of equal numbers are the same file, also in other splits
+    missing  {path: reason} of files that cannot be opened and are no rows of the split
+    bad_rows {row: reason} of images that turned out to be unreadable
     """
 
-    def __init__(self, domain, name, labels, *, paths=None, pixels=None, folder=None):
+    def __init__(
+        self,
+        domain: str,
+        name: str,
+        labels: np.ndarray | list[tuple[int, ...]],
+        *,
+        paths: Sequence[str] | None = None,
+        pixels: np.ndarray | None = None,
+        folder: str | os.PathLike | None = None,
+        files: np.ndarray | None = None,
+        on_bad_image: str = "stop",
+        missing: dict[str, str] | None = None,
+    ):
         self.domain, self.name, self.labels, self.folder = domain, name, labels, folder
-        self.paths = (
-            None if paths is None else np.array([os.fsencode(path) for path in paths])
-        )  # one block of memory
-        self.pixels = pixels  # (N, H, W, 3) uint8
+        self.paths = None if paths is None else Paths(paths)
+        self.pixels = pixels
+        self.files = self._own_files() if files is None else files
+        self.on_bad_image = on_bad_image
+        self.missing, self.bad_rows = missing or {}, {}
+        self._check_skipped()
         if isinstance(labels, np.ndarray):
             names, classes = np.unique(labels, return_inverse=True)
             self.classes, self.num_classes = classes.astype(np.int64), len(names)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def image(self, i):
-        """Image i as an RGB PIL image. Raises InputError that names a file which is missing, truncated or no image."""
+    def path(self, i: int) -> str:
+        return os.path.join(self.folder, self.paths[i])
+
+    def image(self, i: int) -> Image.Image:
+        """Image i at full scale, RGB. Raises InputError that names a file that cannot be used."""
+        return self.reduced_image(i)[0]
+
+    def reduced_image(self, i: int, short_side: int | None = None):
+        """Image i and its box, as images.open_reduced returns them."""
         if self.pixels is not None:
-            return Image.fromarray(self.pixels[i])
-        path = Path(self.folder, os.fsdecode(self.paths[i]))
-        if (
-            not path.exists()
-        ):  # some archives store names as #Uxxxx where the manifest has the character itself
-            escaped = "".join(
-                c if ord(c) < 128 else f"#U{ord(c):04x}" for c in os.fsdecode(self.paths[i])
-            )
-            path = Path(self.folder, escaped) if Path(self.folder, escaped).exists() else path
+            return Image.fromarray(self.pixels[i]), None
         try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ... for broken files
-            reason = (
-                getattr(error, "strerror", None)
-                or (str(error).splitlines() or [type(error).__name__])[0]
-            )
+            return open_reduced(self.path(i), short_side)
+        except InputError as error:
+            raise InputError(f"{error} (domain {self.domain}, split {self.name})") from None
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """{path: reason} of all images of the split that cannot be used."""
+        return self.missing | {self.path(row): why for row, why in sorted(self.bad_rows.items())}
+
+    def skip(self, i: int, error: InputError) -> None:
+        """Records that image i is unreadable. Raises the error unless bad images are to be
+        skipped, and InputError if they are more than 1 % of the split."""
+        if self.on_bad_image != "skip":
+            raise error
+        self.bad_rows[int(i)] = str(error)
+        self._check_skipped()
+
+    def _check_skipped(self):
+        skipped, total = len(self.missing) + len(self.bad_rows), len(self) + len(self.missing)
+        if skipped > SKIP_LIMIT * total:
             raise InputError(
-                f"image {path} of domain {self.domain}, split {self.name}, cannot be read ({reason}): repair it or "
-                "take it out of the data"
-            ) from None
+                f"{skipped} of {total} images of domain {self.domain}, split {self.name}, cannot "
+                f"be used, more than the {SKIP_LIMIT:.0%} that may be skipped; the first: "
+                f"{next(iter(self.skipped.values()))}"
+            )
+
+    def _own_files(self):
+        """(N,) numbers for files that have not been looked up, by path; images in memory are all
+        different."""
+        if self.paths is None:
+            return np.array([next(_numbers) for _ in range(len(self))], dtype=np.int64)
+        paths = [os.path.realpath(self.path(i)) for i in range(len(self))]
+        return np.array([hash(path) for path in paths], dtype=np.int64)
+
+    def select(self, rows: np.ndarray) -> "Split":
+        """The split of these rows alone."""
+        labels = self.labels
+        several = isinstance(labels, list)
+        return Split(
+            self.domain,
+            self.name,
+            [labels[i] for i in rows] if several else labels[rows],
+            paths=None if self.paths is None else [self.paths[i] for i in rows],
+            pixels=None if self.pixels is None else self.pixels[rows],
+            folder=self.folder,
+            files=self.files[rows],
+        )
+
+
+def same_file_rows(queries: Split, index: Split) -> np.ndarray:
+    """(Q, E) int64: the rows of the index that are the same file as each query, then -1.
+
+    E is the largest number of such rows, at least 1.
+    """
+    order = np.argsort(index.files, kind="stable")
+    ordered = index.files[order]
+    first = np.searchsorted(ordered, queries.files, side="left")
+    counts = np.searchsorted(ordered, queries.files, side="right") - first
+    columns = np.arange(max(1, counts.max(initial=0)))
+    positions = np.minimum(first[:, None] + columns, len(order) - 1)
+    return np.where(columns < counts[:, None], order[positions], -1)
+
+
+# Domains --------------------------------------------------------------------------------------
 
 
 class Benchmark:
-    """The domains of one data folder, or without a folder the procedural ones; splits are read when asked for.
+    """The domains of a data directory, or without one the procedural domains.
 
-    domains  names, sorted: all that the folder holds, or those asked for.
-    Raises InputError for a folder or manifest that cannot be used, and for a domain that is not there.
+    domains       names, sorted: all that the directory has, or those given
+    notes         sentences about the splits read so far: what was ignored, counted once, or is
+                  shared by training and test
+    on_bad_image  "stop": a file that cannot be used is an InputError; "skip": up to 1 % of a split
+                  are left out
+    Raises InputError for a directory or manifest that cannot be used, and for an unknown domain.
     """
 
-    def __init__(self, root=None, domains=None):
+    def __init__(
+        self,
+        root: str | os.PathLike | None = None,
+        domains: Iterable[str] | None = None,
+        *,
+        on_bad_image: str = "stop",
+    ):
         self.root = None if root is None else Path(root)
-        self.manifests = None
-        self.domains = tuple(procedural.DOMAINS) if self.root is None else self._found(root)
+        self.on_bad_image = on_bad_image
+        self.notes: list[str] = []
+        self.manifests: Path | None = None
+        self._splits: dict[tuple[str, str], Split] = {}
+        self._class_folders: dict[str, ClassFolders] = {}
+        self.folders = {} if root is None else self._find_folders(root)
+        self.domains = tuple(sorted(self.folders)) or tuple(procedural.DOMAINS)
         if domains is not None:
             for domain in domains:
-                self._check(domain)
+                self._check_domain(domain)
             self.domains = tuple(sorted(set(domains)))
 
-    def _found(self, root):
+    def _find_folders(self, root) -> dict[str, Path]:
+        """{domain: its folder of manifests or class folders}."""
         if not str(root) or not self.root.is_dir():
             raise InputError(
-                f"data folder {str(root)!r} is not a folder: give one in the UnED layout, or one of class folders per "
-                "domain"
+                f"data folder {str(root)!r} is not a folder: give one in the UnED layout, or one "
+                "of class folders per domain"
             )
-        self.manifests = self.root / "info_files" if (self.root / "info_files").is_dir() else None
-        domains = tuple(
-            sorted(
-                p.name
-                for p in (self.manifests or self.root).iterdir()
-                if p.is_dir() and not p.name.startswith(".")
-            )
-        )
-        if not domains:
+        if (self.root / "info_files").is_dir():
+            self.manifests = self.root / "info_files"
+        elif split_folders(self.root):
+            return {self.root.resolve().name or "data": self.root}
+        parent = self.manifests or self.root
+        folders = {name: parent / name for name in visible_directories(parent)}
+        if not folders:
             raise InputError(
-                f"data folder {root} holds no domain: it needs info_files/<domain>/<split>.json and images/, or "
-                "<domain>/<class>/ folders of images"
+                f"data folder {root} holds no domain: it needs info_files/<domain>/<split>.json "
+                "and images/, or <domain>/<class>/ folders of images"
             )
-        return domains
+        if self.manifests is None and not any(map(visible_directories, folders.values())):
+            raise InputError(
+                f"data folder {root} has class folders where domains are expected: give its "
+                f"parent, {self.root.resolve().parent}, with one folder per domain"
+            )
+        return folders
 
-    def _check(self, domain):
+    def _check_domain(self, domain):
         if domain not in self.domains:
             raise InputError(
-                f"domain {domain!r} is not in {self.root or 'the procedural data'}: it has {', '.join(self.domains)}"
+                f"domain {domain!r} is not in {self.root or 'the procedural data'}: it has "
+                f"{', '.join(self.domains)}"
             )
 
-    def split(self, domain, name):
-        """The split `name` ("train", "val", "test", "index", "small_index") of a domain."""
-        self._check(domain)
-        if self.root is None:
-            return self._rendered(domain, name)
-        if self.manifests:
-            return self._from_manifest(domain, name)
-        return self._from_class_folders(domain, name)
+    def split(self, domain: str, name: str) -> Split:
+        """The split "train", "val", "test", "index" or "small_index" of a domain.
 
-    def index_name(self, domain, name):
-        """The split in which the queries of split `name` are searched: their own, unless the domain has one for it."""
+        A file that several entries name counts once. Raises InputError for a split that does not
+        exist, for files that are missing and for contradicting labels.
+        """
+        self._check_domain(domain)
+        if (domain, name) not in self._splits:
+            split = self._rendered(domain, name) if self.root is None else self._read(domain, name)
+            self._splits[domain, name] = split
+            self._note_shared(domain, name)
+        return self._splits[domain, name]
+
+    def index_name(self, domain: str, name: str) -> str:
+        """The split in which the queries of split `name` are searched: their own, unless the
+        domain has one for it."""
         other = INDEX_OF.get(name)
         has_other = self.manifests and (self.manifests / domain / f"{other}.json").exists()
         return other if has_other else name
+
+    def skipped(self) -> dict[str, str]:
+        """{path: reason} of all files that the splits read so far skip."""
+        return {path: why for split in self._splits.values() for path, why in split.skipped.items()}
+
+    def entries(self, domain: str, name: str) -> Entries:
+        """The images of a split as the directory lists them."""
+        if self.manifests:
+            file = self.manifests / domain / f"{name}.json"
+            return read_manifest(file, str(self.root / "images"), single=name == "train")
+        folders = self.class_folders(domain)
+        if name not in folders.splits or not folders.splits[name].paths:
+            raise InputError(
+                f"domain folder {self.folders[domain]} has no image for split {name!r}: the splits "
+                f"of class folders are train, val and test, and images end in {', '.join(SUFFIXES)}"
+            )
+        return folders.splits[name]
+
+    def ignored(self) -> list[str]:
+        """The files of class folders that are no images, in the domains read so far."""
+        return [path for folders in self._class_folders.values() for path in folders.ignored]
+
+    def class_folders(self, domain: str) -> ClassFolders:
+        """The splits of a domain of class folders, read once."""
+        if domain not in self._class_folders:
+            folders = read_class_folders(self.folders[domain], domain)
+            self.notes += map(printable, folders.notes)
+            self._class_folders[domain] = folders
+        return self._class_folders[domain]
 
     def _rendered(self, domain, name):
         if name not in procedural.SPLITS:
@@ -159,192 +364,170 @@ class Benchmark:
         pixels, labels = procedural.render(domain, name)
         return Split(domain, name, labels, pixels=pixels)
 
-    def _from_manifest(self, domain, name):
-        file = self.manifests / domain / f"{name}.json"
-        try:
-            entries = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(
-                f"manifest {file} cannot be opened ({error.strerror}): each domain needs train, val and "
-                "test"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"manifest {file} is not JSON ({error}): write a list of path and class_id"
-            ) from None
-        if not isinstance(entries, list) or not entries:
-            raise InputError(
-                f"manifest {file} holds no list of images: write a list of objects with path and class_id"
+    def _read(self, domain, name):
+        entries = self.entries(domain, name)
+        found = look_up(entries)
+        for problem in missing_files(entries, found).values():
+            if self.on_bad_image != "skip":
+                raise InputError(
+                    f"{problem} (domain {domain}, split {name}; {len(found.missing):,} of its "
+                    f"{len(entries.paths):,} images): add it, or take it out of the data"
+                )
+        for problem in conflicts(entries, found):
+            raise InputError(f"{problem} (domain {domain}, split {name}): give each file one label")
+        repeated = len(entries.paths) - len(found.missing) - len(found.kept)
+        if repeated:
+            self.notes.append(
+                printable(
+                    f"domain {domain}, split {name}: {repeated:,} entries repeat a file of another "
+                    "entry; each file counts once"
+                )
             )
-        paths, labels, several = [], [], False
-        for row, entry in enumerate(entries):
-            path = entry.get("path") if isinstance(entry, dict) else None
-            label = entry.get("class_id") if isinstance(entry, dict) else None
-            is_list = isinstance(label, list) and bool(label)
-            ids = label if is_list else [label]
-            if not isinstance(path, str) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-                raise InputError(
-                    f"manifest {file} has {str(entry)[:120]} at entry {row}: it needs a path, and a class_id that is "
-                    "an integer from 0 to 2^31 - 1, or a list of such"
-                )
-            if is_list and name == "train":
-                raise InputError(
-                    f"manifest {file} has the classes {label} at entry {row}: a training image has one class_id, an "
-                    "integer; lists are for queries"
-                )
-            paths.append(path)
-            labels.append(tuple(ids))
-            several |= is_list
-        labels = labels if several else np.array([ids[0] for ids in labels], dtype=np.int32)
-        return Split(domain, name, labels, paths=paths, folder=self.root / "images")
-
-    def _from_class_folders(self, domain, name):
-        folder = self.root / domain
-        classes = sorted(
-            p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")
+        labels = [entries.labels[row] for row in found.kept]
+        if all(len(ids) == 1 for ids in labels):
+            labels = np.array(labels, dtype=np.int32).reshape(-1)
+        return Split(
+            *(domain, name, labels),
+            paths=[found.paths[row] for row in found.kept],
+            folder=entries.folder,
+            files=found.files[found.kept],
+            on_bad_image=self.on_bad_image,
+            missing=missing_files(entries, found),
         )
-        if len(classes) < 3:
-            raise InputError(
-                f"domain folder {folder} has {len(classes)} class folders: give at least 3, since train, val and test "
-                "share no class"
-            )
-        order = np.random.default_rng(zlib.crc32(domain.encode())).permutation(
-            len(classes)
-        )  # not the sorted names: those
-        val, test = (
-            max(1, round(0.1 * len(classes))),
-            max(1, round(0.3 * len(classes))),
-        )  # often go by kind
-        cuts = {"val": order[:val], "test": order[val : val + test], "train": order[val + test :]}
-        paths, labels = [], []
-        for label in sorted(cuts.get(name, ())):
-            images = sorted(
-                p.name
-                for p in (folder / classes[label]).iterdir()
-                if p.suffix.lower() in IMAGE_SUFFIXES
-            )
-            paths += [f"{classes[label]}/{image}" for image in images]
-            labels += [label] * len(images)
-        if not paths:
-            raise InputError(
-                f"domain folder {folder} has no image for split {name!r}: the splits of class folders are train, val "
-                f"and test, and images end in {', '.join(IMAGE_SUFFIXES)}"
-            )
-        return Split(domain, name, np.array(labels, dtype=np.int32), paths=paths, folder=folder)
+
+    def _note_shared(self, domain, name):
+        """Notes the files and classes that training shares with another split."""
+        train = self._splits.get((domain, "train"))
+        others = [n for d, n in self._splits if d == domain and n != "train"]
+        for other in others if name == "train" else [name]:
+            if train is None or other == "train":
+                continue
+            split = self._splits[domain, other]
+            files = np.isin(split.files, train.files).sum()
+            classes = len(_label_set(train) & _label_set(split))
+            if files or classes:
+                self.notes.append(
+                    printable(
+                        f"domain {domain}: train and {other} share {files:,} files and "
+                        f"{classes:,} classes"
+                    )
+                )
 
 
-# Transforms (paper section 4; official setting) ----------------------------------------------------------------------------
+def _label_set(split):
+    several = isinstance(split.labels, list)
+    return set(itertools.chain(*split.labels) if several else split.labels.tolist())
 
 
-def resize(image, width, height, antialias=True):
-    """An RGB PIL image -> (height, width, 3) uint8, bilinear. antialias=False is the official code's TensorFlow resize."""
-    if antialias:
-        return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
-    pixels = F.interpolate(
-        pixels, (height, width), mode="bilinear", antialias=False, align_corners=False
-    )
-    return pixels[0].permute(1, 2, 0).round().byte().numpy()
+# Batches ------------------------------------------------------------------------------------------
 
 
-def train_side(size):
-    """Training images are resized to this side and cropped to `size`: 256 for 224."""
-    return round(size * 256 / 224)
+def _decoded(split: Split, side: int, prepare: Callable) -> np.ndarray:
+    """prepare(row) of all rows of a split: (N, 3, side, side) uint8, zeros for a bad image."""
+    pixels = np.zeros((len(split), 3, side, side), dtype=np.uint8)
 
+    def fill(row):
+        try:
+            pixels[row] = prepare(row)
+        except InputError as error:
+            split.skip(row, error)
 
-def prepare_train(image, size, antialias=True):
-    """(R, R, 3) uint8 with R = train_side(size): the whole image, aspect ignored. Random crop and flip come later."""
-    return resize(image, train_side(size), train_side(size), antialias)
-
-
-def prepare_test(image, size, antialias=True):
-    """(size, size, 3) uint8: the short side resized to `size`, then the centre."""
-    short = min(image.size)
-    width, height = (max(size, int(side * size / short)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    return resize(image, width, height, antialias)[top : top + size, left : left + size]
-
-
-def normalise(images, mean, std):
-    """uint8 (B, 3, H, W) in 0..255 -> float32 (x / 255 - mean) / std, on the images' device."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (mean, std))
-    return images.float().div_(255).sub_(mean).div_(std)
-
-
-def _decoded(split, prepare):
-    """All images of a split after `prepare`: (N, 3, H, W) uint8. Pillow frees the interpreter while it decodes: threads."""
-    first = prepare(split.image(0))
-    pixels = np.empty((len(split), *first.shape), dtype=np.uint8)
-
-    def fill(i):
-        pixels[i] = prepare(split.image(i))
-
-    with ThreadPoolExecutor(processors()) as pool:
-        list(pool.map(fill, range(len(split))))
+    pool = ThreadPoolExecutor(processors())  # Pillow decodes without Python's global lock
+    try:
+        collections.deque(pool.map(fill, range(len(split))), maxlen=0)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return pixels
 
 
 class TrainBatches(Dataset):
     """batches[step, domain] -> images (B, 3, H, W) uint8, labels (B,) int64 in 0..C-1.
 
-    A batch is a function of (seed, step, domain): which images, without repetition where the domain has enough of them, and
-    the crop and flip of each position. Splits stay decoded in memory where all of them fit into MEMORY_LIMIT bytes.
-    min_area   None for the paper's crop, of a fixed size; or crops of an area drawn from min_area..1 of the image's and an
-               aspect of 3:4 to 4:3, cut where they would not fit, and resized
+    A batch is a function of (seed, step, domain): its images, distinct where the domain has enough
+    of them, and the crop and flip of each position. A bad image that is skipped is replaced by
+    another one of the domain, a function of (seed, step, position).
+
+    splits    {domain: Split}
+    size      H = W
+    min_area  None for the paper's crop, of a fixed size; or crops of an area drawn from
+              min_area..1 of the image's and an aspect ratio of 3:4 to 4:3, limited to the image,
+              and resized
+    in_memory whether the decoded images are kept, which takes at most MEMORY_LIMIT bytes
     """
 
-    def __init__(self, splits, size, batch_size, seed, *, antialias=True, min_area=None):
-        self.splits, self.size, self.batch_size, self.seed, self.antialias = (
-            splits,
-            size,
-            batch_size,
-            seed,
-            antialias,
-        )
-        self.min_area = min_area
-        needed = sum(len(split) for split in splits.values()) * train_side(size) ** 2 * 3
+    def __init__(
+        self,
+        splits: dict[str, Split],
+        size: int,
+        batch_size: int,
+        seed: int,
+        *,
+        antialias: bool = True,
+        min_area: float | None = None,
+    ):
+        self.splits, self.size, self.batch_size, self.seed = splits, size, batch_size, seed
+        self.antialias, self.min_area, self.side = antialias, min_area, train_side(size)
+        needed = sum(len(split) for split in splits.values()) * 3 * self.side**2
         self.in_memory = needed <= MEMORY_LIMIT
-        self.pixels = (
-            {d: _decoded(s, self._prepare) for d, s in splits.items()} if self.in_memory else None
-        )
+        self.pixels = None
+        if self.in_memory:
+            self.pixels = {
+                domain: _decoded(split, self.side, functools.partial(self._prepared, split))
+                for domain, split in splits.items()
+            }
 
-    def _prepare(self, image):
-        return prepare_train(image, self.size, self.antialias).transpose(2, 0, 1)  # (3, R, R)
+    def _prepared(self, split, row):
+        """(3, R, R) uint8, R = train_side(size). A reduced image cannot be sampled without
+        antialiasing as the full one is."""
+        image, box = split.reduced_image(row, self.side if self.antialias else None)
+        return prepare_train(image, self.size, self.antialias, box).transpose(2, 0, 1)
 
-    def __getitem__(self, key):
-        step, domain = key
-        split, batch, size, side = (
-            self.splits[domain],
-            self.batch_size,
-            self.size,
-            train_side(self.size),
-        )
-        rng = np.random.default_rng((self.seed, step))
-        rows = rng.choice(len(split), batch, replace=len(split) < batch)
+    def _usable(self, domain, row, position_seed):
+        """`row` and its image (3, R, R), or those of another row if the image is bad."""
+        split, rng = self.splits[domain], None
+        while True:
+            if row not in split.bad_rows:
+                if self.in_memory:
+                    return row, self.pixels[domain][row]
+                try:
+                    return row, self._prepared(split, row)
+                except InputError as error:
+                    split.skip(row, error)
+            rng = rng or np.random.default_rng(position_seed)
+            row = rng.integers(len(split))
+
+    def _boxes(self, rng):
+        """lefts, tops, widths, heights (B,) of the crops, in pixels of the (R, R) images."""
+        batch, size, side = self.batch_size, self.size, self.side
         if self.min_area is None:
             widths = heights = np.full(batch, size)
             lefts, tops = rng.integers(0, side - size + 1, (2, batch))
         else:
-            areas, aspects = (
-                rng.uniform(self.min_area, 1, batch),
-                (4 / 3) ** rng.uniform(-1, 1, batch),
-            )
+            areas = rng.uniform(self.min_area, 1, batch)
+            aspects = (4 / 3) ** rng.uniform(-1, 1, batch)
             widths, heights = np.minimum(side, side * np.sqrt([areas * aspects, areas / aspects]))
             lefts, tops = rng.random((2, batch)) * (side - np.stack([widths, heights]))
+        return lefts, tops, widths, heights
+
+    def _crop(self, whole, left, top, width, height):
+        if self.min_area is None:
+            return whole[:, top : top + height, left : left + width]
+        image = Image.fromarray(whole.transpose(1, 2, 0))
+        box = (left, top, left + width, top + height)
+        return resize(image, self.size, self.size, box=box).transpose(2, 0, 1)
+
+    def __getitem__(self, key: tuple[int, str]) -> tuple[torch.Tensor, torch.Tensor]:
+        step, domain = key
+        split, batch = self.splits[domain], self.batch_size
+        rng = np.random.default_rng((self.seed, step))
+        rows = rng.choice(len(split), batch, replace=len(split) < batch)
+        boxes = zip(*self._boxes(rng))
         flips = rng.random(batch) < 0.5
-        images = np.empty((batch, 3, size, size), dtype=np.uint8)
-        for position, (row, left, top, width, height, flip) in enumerate(
-            zip(rows, lefts, tops, widths, heights, flips)
-        ):
-            whole = self.pixels[domain][row] if self.in_memory else self._prepare(split.image(row))
-            if self.min_area is None:
-                crop = whole[:, top : top + size, left : left + size]
-            else:
-                box = (left, top, left + width, top + height)
-                crop = Image.fromarray(whole.transpose(1, 2, 0)).resize(
-                    (size, size), Image.Resampling.BILINEAR, box=box
-                )
-                crop = np.asarray(crop).transpose(2, 0, 1)
+        images = np.empty((batch, 3, self.size, self.size), dtype=np.uint8)
+        for position, (box, flip) in enumerate(zip(boxes, flips)):
+            position_seed = (self.seed, step, position)
+            rows[position], whole = self._usable(domain, rows[position], position_seed)
+            crop = self._crop(whole, *box)
             images[position] = crop[:, :, ::-1] if flip else crop
         return torch.from_numpy(images), torch.from_numpy(split.classes[rows])
 
@@ -352,17 +535,21 @@ class TrainBatches(Dataset):
 class TestImages(Dataset):
     """Images of a split as prepared for evaluation; kept decoded in memory with `keep`.
 
-    images[rows] -> (B, 3, size, size) uint8 for a slice, range or list of rows.
+    images[rows] -> (B, 3, size, size) uint8 for a slice, range or list of rows. A bad image that
+    is skipped is all zeros, and one of `split.bad_rows` from then on.
     """
 
     __test__ = False  # pytest must not collect it because of its name
 
     def __init__(self, split: Split, size: int, *, antialias: bool = True, keep: bool = False):
         self.split, self.size, self.antialias = split, size, antialias
-        self.pixels = _decoded(split, self._prepare) if keep else None
+        self.splits = {split.domain: split}
+        self.pixels = _decoded(split, size, self._prepared) if keep else None
 
-    def _prepare(self, image):
-        return prepare_test(image, self.size, self.antialias).transpose(2, 0, 1)  # (3, size, size)
+    def _prepared(self, row):
+        """(3, size, size) uint8."""
+        image, box = self.split.reduced_image(row, self.size if self.antialias else None)
+        return prepare_test(image, self.size, self.antialias, box).transpose(2, 0, 1)
 
     def __len__(self) -> int:
         return len(self.split)
@@ -371,9 +558,12 @@ class TestImages(Dataset):
         if self.pixels is not None:
             return torch.from_numpy(self.pixels[rows].copy())
         rows = np.arange(len(self))[rows]
-        images = np.empty((len(rows), 3, self.size, self.size), dtype=np.uint8)
+        images = np.zeros((len(rows), 3, self.size, self.size), dtype=np.uint8)
         for position, row in enumerate(rows.tolist()):
-            images[position] = self._prepare(self.split.image(row))
+            try:
+                images[position] = self._prepared(row)
+            except InputError as error:
+                self.split.skip(row, error)
         return torch.from_numpy(images)
 
     def batches(self, size: int, workers: int = 0) -> Iterator[torch.Tensor]:
@@ -385,34 +575,40 @@ class TestImages(Dataset):
         workers = 0 if self.pixels is not None else min(workers, len(rows) // 2)
         return (images for _, images in loaded(self, [rows], workers))
 
+    def usable_rows(self) -> np.ndarray:
+        """(M,) int64: the rows of images that are not bad, once all of them have been decoded."""
+        return np.setdiff1d(np.arange(len(self)), list(self.split.bad_rows))
 
-# Loading ------------------------------------------------------------------------------------------
 
-
-class _Guarded(Dataset):
-    """A dataset whose items are InputErrors where loading them raises one. A worker process would
-    turn the exception into a traceback; a value reaches the parent as it is."""
+class _Reports(Dataset):
+    """The items of a dataset, each with what a worker process must tell its parent: (item, bad rows
+    found by domain). An InputError is the item; raised, it would arrive as a traceback."""
 
     def __init__(self, dataset):
         self.dataset = dataset
 
     def __getitem__(self, key):
+        splits = self.dataset.splits
+        known = {domain: len(split.bad_rows) for domain, split in splits.items()}
         try:
-            return self.dataset[key]
+            item = self.dataset[key]
         except InputError as error:
-            return error
+            item = error
+        return item, {d: list(s.bad_rows.items())[known[d] :] for d, s in splits.items()}
 
 
-def loaded(dataset: Dataset, plans: Iterable[list], workers: int) -> Iterator[tuple]:
+def loaded(
+    dataset: TrainBatches | TestImages, plans: Iterable[list], workers: int
+) -> Iterator[tuple]:
     """Yields (key, dataset[key]) for all keys of all plans, in order.
 
-    `workers` processes load the items of a plan ahead of time; 0 loads them here. A plan is taken
-    from `plans` when all items of the previous one have been used. Raises what dataset[key] raises,
-    at its turn.
+    `workers` processes load the items of a plan ahead of time; 0 loads them in this process. A plan
+    is taken from `plans` when all items of the previous one have been used. Raises what
+    dataset[key] raises when its turn comes.
     """
     keys = []
     loader = DataLoader(
-        _Guarded(dataset),
+        _Reports(dataset),
         sampler=keys,
         batch_size=None,
         num_workers=workers,
@@ -421,7 +617,10 @@ def loaded(dataset: Dataset, plans: Iterable[list], workers: int) -> Iterator[tu
     )
     for plan in plans:
         keys[:] = plan
-        for item, key in zip(loader, plan):
+        for (item, bad_rows), key in zip(loader, plan):
+            for domain, found in bad_rows.items():
+                for row, reason in found:
+                    dataset.splits[domain].skip(row, InputError(reason))
             if isinstance(item, InputError):
                 raise item
             yield key, item
@@ -448,12 +647,129 @@ def stream(
         yield domain, images, labels
 
 
-def same_file_rows(queries: Split, index: Split) -> np.ndarray:
-    """(Q, 1) int64: the row of each query's own image in the index, or -1."""
-    rows = np.arange(len(queries)) if queries is index else np.full(len(queries), -1)
-    return rows[:, None]
+# python data.py check -----------------------------------------------------------------------------
 
 
-def processors():
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def check(root: str | os.PathLike) -> dict:
+    """Opens every image of a data directory -> what it holds and what is wrong, as plain values.
+
+    domains   {domain: {split: {"images", "classes", "classes_of_one_image"}}}
+    problems  sentences, each about a file, a manifest or a domain that cannot be used
+    ignored   files in class folders that are no images of a class
+    shared    [{"file": path, "splits": [...]}]: files that several splits name
+    copies    [[path, ...]]: different files of the same content
+    notes     as of Benchmark
+    Raises InputError for a root that is no data directory.
+    """
+    benchmark = Benchmark(root)
+    domains, problems = {}, []
+    uses = {}  # {number of the file: (its path, the splits that name it)}
+    for domain in benchmark.domains:
+        domains[domain] = {}
+        indexes = [benchmark.index_name(domain, name) for name in ("test", "val")]
+        for name in dict.fromkeys(["train", "val", "test", *indexes]):
+            try:
+                entries = benchmark.entries(domain, name)
+            except InputError as error:
+                problems.append(str(error))
+                continue
+            found = look_up(entries)
+            where = f"(domain {domain}, split {name})"
+            wrong = [*missing_files(entries, found).values(), *conflicts(entries, found)]
+            problems += [printable(f"{sentence} {where}") for sentence in wrong]
+            domains[domain][name] = counts(entries, found)
+            for row in found.kept:
+                path = os.path.join(entries.folder, found.paths[row])
+                _, splits = uses.setdefault(int(found.files[row]), (path, []))
+                splits.append(f"{domain}/{name}")
+    copies, unreadable = examine([path for path, _ in uses.values()])
+    shared = [{"file": path, "splits": splits} for path, splits in uses.values() if splits[1:]]
+    return {
+        "domains": domains,
+        "problems": list(dict.fromkeys(problems + unreadable)),
+        "ignored": benchmark.ignored(),
+        "shared": shared,
+        "copies": copies,
+        "notes": benchmark.notes,
+    }
+
+
+def counts(entries: Entries, found: Files) -> dict[str, int]:
+    """Numbers of images and classes of a split, each file counted once."""
+    sizes = collections.Counter(label for row in found.kept for label in entries.labels[row])
+    single = sum(size == 1 for size in sizes.values())
+    return {"images": len(found.kept), "classes": len(sizes), "classes_of_one_image": single}
+
+
+def examine(paths: list[str]) -> tuple[list[list[str]], list[str]]:
+    """Opens images -> groups of files with the same content, sentences about unreadable files."""
+
+    def digest(path):
+        try:
+            open_image(path)
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").digest()
+        except InputError as error:
+            return str(error)
+
+    groups, unreadable = collections.defaultdict(list), []
+    with ThreadPoolExecutor(processors()) as pool:
+        for path, result in zip(paths, pool.map(digest, paths)):
+            if isinstance(result, str):
+                unreadable.append(result)
+            else:
+                groups[result].append(path)
+    return [group for group in groups.values() if len(group) > 1], unreadable
+
+
+def report_lines(report: dict) -> Iterator[str]:
+    """The report of `check` as text."""
+    yield f"{'domain':24}{'split':12}{'images':>10}{'classes':>10}{'of one image':>14}"
+    for domain, splits in report["domains"].items():
+        for name, row in splits.items():
+            numbers = f"{row['images']:10,}{row['classes']:10,}{row['classes_of_one_image']:14,}"
+            yield f"{domain:24}{name:12}{numbers}"
+    yield from (f"note: {note}" for note in report["notes"])
+    yield from (f"ignored: {path}" for path in report["ignored"])
+    together = collections.Counter(", ".join(x["splits"]) for x in report["shared"])
+    yield from (f"note: {count:,} files are shared by {s}" for s, count in together.items())
+    yield from (f"same content: {', '.join(paths)}" for paths in report["copies"])
+    yield from (f"problem: {sentence}" for sentence in report["problems"])
+    yield f"{len(report['problems']):,} problems"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(prog="data.py", description="Checks a data directory.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    text = (
+        "Opens every image of a data directory. Prints, for each domain and split, the numbers of "
+        "images, of classes, and of classes with one image, and lists files that are missing, "
+        "unreadable, truncated, too large or ignored, contradicting labels, files that splits "
+        "share, and copies. Exit status: 0 if all can be used, 1 if there are problems, 2 for a "
+        "command that cannot be run."
+    )
+    checker = commands.add_parser("check", help="opens every image", description=text)
+    checker.add_argument("data", metavar="DIR", help="data directory, as for udon.py train --data")
+    checker.add_argument("--json", metavar="FILE", help="write the complete report to this file")
+    options = parser.parse_args(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        report = check(options.data)
+        if options.json:
+            Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+        for line in report_lines(report):
+            print(printable(line))
+        sys.stdout.flush()
+    except InputError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except BrokenPipeError:  # the reader of a pipe has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        parser.exit(2, f"{parser.prog}: --json {options.json} cannot be written ({error})\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\n")
+    sys.exit(1 if report["problems"] else 0)
+
+
+if __name__ == "__main__":
+    main()

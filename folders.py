@@ -1,0 +1,338 @@
+"""What a data directory holds: manifests, class folders, and the files that they name.
+
+    read_manifest(file, folder, single)    -> Entries: the paths and labels of a split
+    read_class_folders(folder, domain)     -> ClassFolders: the Entries of all splits
+    look_up(entries)                       -> Files: what the paths name on disk
+
+Names beginning with "." and __MACOSX are skipped. Paths are str as of os.fsdecode, so that any
+bytes that a file system allows in a name are possible.
+Copy with: images, torch, numpy, pillow.
+"""
+
+import collections
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from images import SUFFIXES, InputError
+
+SPLIT_FOLDERS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+
+class Entries(NamedTuple):
+    """The images of a split as its manifest or directories list them."""
+
+    folder: str
+    paths: list[str]  # below folder
+    labels: list[tuple[int, ...]]
+
+
+# Manifests and class folders ----------------------------------------------------------------------
+
+
+def read_manifest(file: Path, folder: str, single: bool) -> Entries:
+    """The entries of a manifest of the UnED layout; `single` requires one class per image.
+
+    Raises InputError for a file that is missing or not of this form.
+    """
+    try:
+        if not file.is_file() and file.exists():
+            raise InputError(f"manifest {file} is not a regular file: replace it")
+        text = file.read_text(encoding="utf-8-sig")
+        entries = json.loads(text, object_pairs_hook=_without_repetition)
+    except OSError as error:
+        raise InputError(
+            f"manifest {file} cannot be opened ({error.strerror}): each domain needs train, val "
+            "and test"
+        ) from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError, MemoryError) as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(
+            f"manifest {file} is not JSON ({reason}): write a list of objects with path and "
+            "class_id"
+        ) from None
+    if not isinstance(entries, list) or not entries:
+        raise InputError(
+            f"manifest {file} holds no list of images: write a list of objects with path and "
+            "class_id"
+        )
+    paths, labels = [], []
+    for row, entry in enumerate(entries):
+        path, ids = _path_and_labels(entry)
+        if path is None:
+            raise InputError(
+                f"manifest {file} has {str(entry)[:120]} at entry {row}: it needs a path in valid "
+                "Unicode, and a class_id that is an integer from 0 to 2^31 - 1 or a list of such"
+            )
+        if single and isinstance(entry["class_id"], list):
+            raise InputError(
+                f"manifest {file} has the classes {str(entry['class_id'])[:120]} at entry {row}: a "
+                "training image has one class_id, an integer; lists are for queries"
+            )
+        paths.append(path)
+        labels.append(ids)
+    return Entries(folder, paths, labels)
+
+
+def _without_repetition(pairs):
+    """A JSON object as a dict; one that holds a key twice remains a list, which no entry may be."""
+    result = dict(pairs)
+    return result if len(result) == len(pairs) else [pairs]
+
+
+def _path_and_labels(entry):
+    """The path and the classes of a manifest's entry; None, None for an invalid one."""
+    if not isinstance(entry, dict):
+        return None, None
+    path, ids = entry.get("path"), entry.get("class_id")
+    ids = tuple(ids) if isinstance(ids, list) else (ids,)
+    valid = ids and all(type(i) is int and 0 <= i < 2**31 for i in ids)
+    if not valid or not isinstance(path, str) or "\0" in path:
+        return None, None
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return None, None
+    return path, ids
+
+
+def read_class_folders(folder: Path, domain: str) -> "ClassFolders":
+    """The splits of a domain of class folders.
+
+    Where its folders are named after splits, these are used; otherwise, the classes are divided at
+    random. Raises InputError for fewer than three classes and for folders that mix the two.
+    """
+    splits, ignored, notes = split_folders(folder), [], []
+    ignored += _names(folder, os.path.isfile)
+    parts = {}  # {split: {class: paths below folder}}
+    for name, child in (splits or {"all": "."}).items():
+        classes = visible_directories(folder / child)
+        parts[name] = {c: _images(folder, os.path.join(child, c), ignored) for c in classes}
+        if splits:
+            ignored += [os.path.join(child, x) for x in _names(folder / child, os.path.isfile)]
+    classes = sorted(set().union(*parts.values()))
+    if len(classes) < 3:
+        raise InputError(
+            f"domain folder {folder} has {len(classes)} class folders: give at least 3, since val "
+            "takes classes of its own"
+        )
+    if "test" not in parts and splits:
+        parts["test"] = parts.pop("val")
+        notes.append(f"{folder} has no test folder: {splits['val']} is the test split")
+    if "all" in parts:
+        val, test, train = _divided(parts["all"], domain, 0.1, 0.3)
+        parts = {"train": train, "val": val, "test": test}
+    elif "val" not in parts:
+        parts["val"], parts["train"] = _divided(parts["train"], domain, 0.1)
+        notes.append(
+            f"{folder} has no val folder: a tenth of the training classes is the val split"
+        )
+    numbers = {c: number for number, c in enumerate(classes)}
+    entries = {}
+    for name, images in parts.items():
+        paths = [path for c in sorted(images) for path in images[c]]
+        labels = [(numbers[c],) for c in sorted(images) for _ in images[c]]
+        entries[name] = Entries(str(folder), paths, labels)
+    if ignored:
+        notes.append(f"{folder}: ignored {_by_suffix(ignored)}")
+    return ClassFolders(entries, [os.path.join(folder, path) for path in sorted(ignored)], notes)
+
+
+class ClassFolders(NamedTuple):
+    """What a domain of class folders holds."""
+
+    splits: dict[str, Entries]
+    ignored: list[str]  # files in visible folders that are no images of a class
+    notes: list[str]
+
+
+def split_folders(folder: Path) -> dict[str, str]:
+    """{split: folder name} where the folders are train and val or test, in any case; else {}.
+
+    Raises InputError where there are other folders beside them.
+    """
+    names = visible_directories(folder)
+    splits = {SPLIT_FOLDERS.get(name.lower()): name for name in names}
+    splits.pop(None, None)
+    if "train" not in splits or len(splits) < 2:
+        return {}
+    others = sorted(set(names) - set(splits.values()))
+    if others:
+        raise InputError(
+            f"folder {folder} has split folders ({', '.join(splits.values())}) and others "
+            f"({', '.join(others)[:120]}): keep one folder per split, or class folders alone"
+        )
+    return splits
+
+
+def _divided(classes, domain, *shares):
+    """Divides {class: paths} at random, but always in the same way: parts of the given shares, at
+    least one class each, and the rest."""
+    names = sorted(classes)  # sorted names often go by kind, hence the permutation
+    order = np.random.default_rng(zlib.crc32(os.fsencode(domain))).permutation(len(names))
+    sizes = [max(1, round(share * len(names))) for share in shares]
+    parts = np.split(order, np.cumsum(sizes))
+    return [{names[i]: classes[names[i]] for i in part} for part in parts]
+
+
+def _images(folder, child, ignored):
+    """The sorted paths below `folder` of all images in its folder `child`, at any depth."""
+    paths, visited = [], set()
+    for directory, children, names in os.walk(folder / child, onerror=_refuse, followlinks=True):
+        real = os.path.realpath(directory)
+        if real in visited:  # a link back
+            children.clear()
+            continue
+        visited.add(real)
+        children[:] = filter(_is_visible, children)
+        below = os.path.relpath(directory, folder)
+        for name in filter(_is_visible, names):
+            is_image = os.path.splitext(name)[1].lower() in SUFFIXES
+            (paths if is_image else ignored).append(os.path.join(below, name))
+    return sorted(paths)
+
+
+def _is_visible(name):
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def _names(folder, kind):
+    """The sorted visible names in a folder; kind: os.path.isdir or os.path.isfile."""
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        _refuse(error)
+    return sorted(x for x in names if _is_visible(x) and kind(os.path.join(folder, x)))
+
+
+def visible_directories(folder: str | os.PathLike) -> list[str]:
+    """The sorted names of the folders in a folder, those skipped aside."""
+    return _names(folder, os.path.isdir)
+
+
+def _refuse(error):
+    raise InputError(
+        f"folder {error.filename} cannot be listed ({error.strerror}): change its permissions or "
+        "take it out of the data"
+    )
+
+
+def _by_suffix(paths):
+    """For example 75 .heic, 1 .db."""
+    suffixes = [os.path.splitext(path)[1].lower() or "without suffix" for path in paths]
+    counts = collections.Counter(suffixes).most_common()
+    text = ", ".join(f"{count:,} {suffix}" for suffix, count in counts[:10])
+    rest = sum(count for _, count in counts[10:])
+    return text + (f", {rest:,} others" if rest else "")
+
+
+# Which files the paths name -----------------------------------------------------------------------
+
+
+class Files(NamedTuple):
+    """What the paths of Entries name on disk."""
+
+    paths: list[str]  # as they are spelt on disk
+    files: np.ndarray  # (N,) int64: equal numbers for the same file
+    missing: dict[int, str]  # {row: reason} of paths that name no file
+    kept: list[int]  # rows without those, and without repetitions of a file
+    conflicts: list[tuple[int, int]]  # pairs of rows that give one file different labels
+
+
+def look_up(entries: Entries) -> Files:
+    """Finds the files of all entries, in linear time. Every directory is listed once, instead of
+    asking for each of millions of files."""
+    paths = [os.path.normpath(path) for path in entries.paths]
+    files, inodes = np.zeros(len(paths), dtype=np.int64), np.zeros(len(paths), dtype=np.uint64)
+    missing = dict.fromkeys(range(len(paths)), "does not exist")
+    for spelling in (str, _escaped, _with_slashes):
+        candidates = {row: spelling(entries.paths[row]) for row in missing}
+        for row, file, inode, reason in _listed(entries.folder, candidates):
+            if reason is None:
+                paths[row], files[row], inodes[row] = candidates[row], hash(file), inode
+                del missing[row]
+            else:
+                missing[row] = reason
+    _number_hard_links(entries.folder, paths, files, inodes, missing)
+    first, kept, conflicts = {}, [], []
+    for row, file in enumerate(files.tolist()):
+        if row in missing:
+            continue
+        other = first.setdefault(file, row)
+        if other == row:
+            kept.append(row)
+        elif set(entries.labels[other]) != set(entries.labels[row]):
+            conflicts.append((other, row))
+    return Files(paths, files, missing, kept, conflicts)
+
+
+def _escaped(path):
+    """Some archives store names as #Uxxxx where the manifest has the character itself."""
+    return "".join(c if ord(c) < 128 else f"#U{ord(c):04x}" for c in path)
+
+
+def _with_slashes(path):
+    """A path that was written on Windows."""
+    return path.replace("\\", "/")
+
+
+def _listed(folder, paths: dict[int, str]):
+    """Yields (row, real path, inode, None) for paths that name regular files, and (row, None, None,
+    reason) for those that name something else."""
+    directories = collections.defaultdict(list)
+    for row, path in paths.items():
+        directory, name = os.path.split(path)
+        directories[directory].append((row, name))
+    for directory, rows in directories.items():
+        real = os.path.realpath(os.path.join(folder, directory))
+        try:
+            with os.scandir(real) as listing:
+                listed = {entry.name: entry for entry in listing}
+        except OSError:
+            listed = {}
+        for row, name in rows:
+            entry = listed.get(name)
+            if entry is not None and entry.is_file(follow_symlinks=False):
+                yield row, os.path.join(real, name), entry.inode(), None
+                continue
+            path = os.path.join(real, name)  # a link, a name in other case, an unlisted directory
+            if os.path.isfile(path):
+                yield row, os.path.realpath(path), os.stat(path).st_ino, None
+            elif entry is not None or os.path.exists(path):
+                yield row, None, None, "is not a regular file"
+
+
+def _number_hard_links(folder, paths, files, inodes, missing):
+    """Gives names of one file the number of the first of them, in place."""
+    first = {}
+    for row, inode in enumerate(inodes.tolist()):
+        other = row if row in missing else first.setdefault(inode, row)
+        if files[other] != files[row]:  # inodes are unique within a file system only
+            if os.path.samefile(*(os.path.join(folder, paths[i]) for i in (other, row))):
+                files[row] = files[other]
+
+
+def missing_files(entries: Entries, found: Files) -> dict[str, str]:
+    """{path: sentence} of the files that cannot be opened."""
+    paths = {
+        os.path.join(entries.folder, entries.paths[i]): why for i, why in found.missing.items()
+    }
+    return {path: f"image {path} {why}" for path, why in paths.items()}
+
+
+def conflicts(entries: Entries, found: Files) -> list[str]:
+    """Sentences about files with contradicting labels."""
+    labels = ["/".join(map(str, entries.labels[i])) for pair in found.conflicts for i in pair]
+    paths = [os.path.join(entries.folder, found.paths[row]) for row, _ in found.conflicts]
+    pairs = zip(paths, labels[::2], labels[1::2])
+    return [f"image {path} has the labels {one} and {other}" for path, one, other in pairs]
