@@ -1,147 +1,169 @@
-"""What a training step of each system costs beside one of `usc`: the rows of the ablation, with backbone trained and frozen.
+"""The cost of a training step of each row of the ablation, relative to a step of usc.
 
-    python benchmarks/step_overhead.py                 # all rows, `mini`; writes results/step_times.json, for the tables' times
-    python benchmarks/step_overhead.py --rows udon --model s16 --image-size 224 --batch-size 8 --out results/step_overhead.json
+    python -m benchmarks.step_overhead          all rows, into results/step_times.json
+    python -m benchmarks.step_overhead --rows udon --model s16 --batch-size 8 --out FILE
 
-All run in one process, step by step in turn, so that a change of the machine's speed meets all; ratios are taken round by round.
-A step is all of udon.training_step but the loading of images: normalisation, forward, losses, backward, AdamW, sampler; of a
-student that is distilled, its frozen teacher's forward too. Time is processor time; on a GPU, time.
+All rows run in one process, a step of each in turn, so that changes of the machine's speed affect
+all alike; ratios are taken within a round, medians over the rounds. A step is all that
+udon.training_step does except loading images: normalisation, forward, losses, backward, AdamW and
+sampler, and the forward pass of the frozen teacher of a distilled student. Times are CPU time, on a
+GPU elapsed time.
 """
 
+import argparse
+import dataclasses
 import statistics
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import data
+import evaluate
+import udon
+from benchmarks import rows
+from benchmarks.shared import machine, output, positive
+from checkpoint import CheckpointError, write_json
+from config import ConfigError
+from model import SIZES
+from sampler import DomainSampler
 
-import ablation  # noqa: E402
-from shared import machine, output, positive  # noqa: E402
-
-import data  # noqa: E402
-import evaluate  # noqa: E402
-import udon  # noqa: E402
-from sampler import DomainSampler  # noqa: E402
-
-CLASSES = {
-    f"domain{i}": count for i, count in enumerate((61, 118, 60, 49, 185, 973, 145, 59))
-}  # as in eight real domains
-ROWS = [row for row in ablation.ROWS if row != "backbone"]  # which trains nothing
+ROOT = Path(__file__).resolve().parents[1]
+TRAINED = [row for row in rows.ROWS if row != "backbone"]
+COUNTS = (61, 118, 60, 49, 185, 973, 145, 59)  # classes of eight real domains
+CLASSES = {f"domain{number}": count for number, count in enumerate(COUNTS)}
+STEPS_PER_EPOCH = 10**6  # more than are run
 
 
-def stepper(row, options):
-    """A function: frozen -> milliseconds of one more training step of a row, the backbone trained or frozen, for 64 images."""
-    asked = {
-        name: getattr(options, name)
-        for name in ("model", "image_size", "batch_size")
-        if getattr(options, name)
-    }
-    config = ablation.config_of(row, device=options.device, **asked)
-    model, _, preprocessing = udon.build_model(config, CLASSES)
-    model.to(options.device).train()
+def build_run(row: str, device: str, options: dict) -> udon.Run:
+    """The run of a row on the domains CLASSES, from random weights: they take the same time."""
+    config = rows.config_of(row, device=device, init="scratch", **options)
+    model, architecture, preprocessing = udon.build_model(config, CLASSES)
+    model.to(device).train()
     teachers = None
-    if of := ablation.ROWS[row][2]:
-        teacher = (
-            udon.build_model(ablation.config_of(of, **asked), CLASSES)[0].to(options.device).eval()
-        )
-        teachers = object.__new__(udon.FrozenTeachers)  # without files to read
-        teachers.models = dict.fromkeys(CLASSES, teacher)
-    runs = {
-        frozen: udon.Run(10**6, 1000, 10**6 * frozen, preprocessing, options.device, teachers)
-        for frozen in (False, True)
-    }
-    optimizer, sampler = (
-        udon.build_optimizer(model, config),
-        DomainSampler(CLASSES, period=len(CLASSES)),
+    if rows.ROWS[row].teachers:
+        teacher = build_run(rows.ROWS[row].teachers, device, options).model.eval()
+        teachers = udon.FrozenTeachers(dict.fromkeys(CLASSES, teacher))
+    return udon.Run(
+        config=config,
+        model=model,
+        architecture=architecture,
+        preprocessing=preprocessing,
+        optimizer=udon.build_optimizer(model, config),
+        sampler=DomainSampler(CLASSES, period=len(CLASSES)),
+        device=device,
+        steps_per_epoch=STEPS_PER_EPOCH,
+        teachers=teachers,
     )
-    size, count = config.image_size or udon.SIZES[config.model]["image_size"], config.batch_size
+
+
+def stepper(row: str, device: str, options: dict) -> Callable[[bool], float]:
+    """A function that runs another step of a row, with the backbone frozen or not, and returns the
+    milliseconds that 64 images take."""
+    run = build_run(row, device, options)
+    runs = {}
+    for frozen in (False, True):
+        config = dataclasses.replace(run.config, frozen_epochs=float(frozen))
+        runs[frozen] = dataclasses.replace(run, config=config)
+    count, size = run.config.batch_size, run.config.image_size
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
     labels = {domain: torch.randint(0, classes, (count,)) for domain, classes in CLASSES.items()}
-    stream = ((domain, images, labels[domain]) for domain in iter(sampler.draw, None))
-    clock, steps = (
-        time.perf_counter if options.device.startswith("cuda") else time.process_time,
-        iter(range(10**6)),
-    )
+    batches = ((domain, images, labels[domain]) for domain in iter(run.sampler.draw, None))
+    on_gpu = device.startswith("cuda")
+    clock = time.perf_counter if on_gpu else time.process_time
 
-    def step(frozen):
+    def step(frozen: bool) -> float:
         started = clock()
-        udon.training_step(next(steps), model, stream, sampler, optimizer, config, runs[frozen])
-        if options.device.startswith("cuda"):
+        udon.training_step(runs[frozen], batches)
+        if on_gpu:
             torch.cuda.synchronize()
         return 1e3 * (clock() - started) * 64 / count
 
     return step
 
 
-def main():
-    parser = evaluate.Parser(description=__doc__.splitlines()[0])
+def measure(steppers: dict[str, Callable], rounds: int) -> dict[str, dict[str, float]]:
+    """{row: {"ms", "to_usc", "frozen_to_usc"}}: medians over the rounds, after two to warm up."""
+    contenders = [(row, frozen) for row in steppers for frozen in (False, True)]
+    times = {contender: [] for contender in contenders}
+    for turn in range(-2, rounds):
+        first = turn % len(contenders)  # the order rotates
+        for row, frozen in contenders[first:] + contenders[:first]:
+            milliseconds = steppers[row](frozen)
+            if turn >= 0:
+                times[row, frozen].append(milliseconds)
+
+    def ratio(contender):
+        pairs = zip(times[contender], times[rows.BASELINE, False])
+        return round(statistics.median(own / other for own, other in pairs), 4)
+
+    return {
+        row: {
+            "ms": round(statistics.median(times[row, False]), 2),
+            "to_usc": ratio((row, False)),
+            "frozen_to_usc": ratio((row, True)),
+        }
+        for row in steppers
+    }
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = data.Parser(description="Measures training steps of the ablation's rows.")
     parser.add_argument(
         "--rows",
         nargs="+",
-        choices=ROWS,
-        default=ROWS,
+        choices=TRAINED,
+        default=TRAINED,
         metavar="ROW",
-        help="besides usc-rr (default: all)",
+        help=f"besides {rows.BASELINE} (default: all)",
     )
-    parser.add_argument(
-        "--model", choices=udon.SIZES, help="(default: the row's, mini if it says none)"
-    )
-    parser.add_argument("--image-size", type=positive, help="(default: the model's own)")
-    parser.add_argument(
-        "--batch-size", type=positive, help="(default: the row's, 64 if it says none)"
-    )
-    parser.add_argument("--rounds", type=positive, default=24)
-    parser.add_argument("--device", default=evaluate.default_device())
+    parser.add_argument("--model", choices=SIZES, help="(default: the row's)")
+    parser.add_argument("--image-size", type=positive, help="(default: the model's)")
+    parser.add_argument("--batch-size", type=positive, help="unless a row sets it (default: 64)")
+    parser.add_argument("--rounds", type=positive, default=24, help="(default: 24)")
+    parser.add_argument("--device", default="auto", help="(default: cuda where there is one)")
     parser.add_argument("--out", type=output, default=str(ROOT / "results" / "step_times.json"))
-    options = parser.parse_args()
+    return parser
+
+
+def command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """The command line that is recorded."""
+    words = ["python -m benchmarks.step_overhead"]
+    for name in ("rows", "model", "image_size", "batch_size", "rounds"):
+        value = getattr(options, name)
+        if value != parser.get_default(name):
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return " ".join(words)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = command_line()
+    options = parser.parse_args(arguments)
+    overrides = {"image_size": SIZES[options.model]["image_size"]} if options.model else {}
+    for name in ("model", "image_size", "batch_size"):
+        if getattr(options, name):
+            overrides[name] = getattr(options, name)
     torch.manual_seed(0)
     try:
-        evaluate.check_device(options.device)
-        steppers = {
-            row: stepper(row, options) for row in dict.fromkeys([ablation.BASELINE, *options.rows])
+        device = evaluate.find_device(options.device)
+        names = dict.fromkeys([rows.BASELINE, *options.rows])
+        steppers = {row: stepper(row, device, overrides) for row in names}
+        result = {
+            "command": command(parser, options),
+            "machine": machine(device),
+            "date": time.strftime("%Y-%m-%d"),
+            "rounds": options.rounds,
+            "rows": measure(steppers, options.rounds),
         }
-    except data.InputError as error:
+        write_json(options.out, result)
+    except (data.InputError, ConfigError, CheckpointError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    contenders = [(row, frozen) for row in steppers for frozen in (False, True)]
-    taken = {contender: [] for contender in contenders}
-    for turn in range(-2, options.rounds):  # two rounds to warm up; who goes first changes
-        first = turn % len(contenders)
-        for row, frozen in contenders[first:] + contenders[:first]:
-            spent = steppers[row](frozen)
-            if turn >= 0:
-                taken[row, frozen].append(spent)
-
-    def ratio(contender):
-        pairs = zip(taken[contender], taken[ablation.BASELINE, False])
-        return round(statistics.median(own / other for own, other in pairs), 4)
-
-    given = [
-        f"--{name.replace('_', '-')} {' '.join(value) if isinstance(value, list) else value}"
-        for name, value in vars(options).items()
-        if value is not None and name not in ("device", "out") and value != parser.get_default(name)
-    ]
-    result = {
-        "command": " ".join(["python benchmarks/step_overhead.py", *given]),
-        "machine": machine(options.device),
-        "date": time.strftime("%Y-%m-%d"),
-        "rounds": options.rounds,
-        "rows": {
-            row: {
-                "ms": round(statistics.median(taken[row, False]), 2),
-                "to_usc": ratio((row, False)),
-                "frozen_to_usc": ratio((row, True)),
-            }
-            for row in steppers
-        },
-    }
-    evaluate.write_json(options.out, result)
-    for row, measured in result["rows"].items():
+    for row, times in result["rows"].items():
         print(
-            f"{row:24}{measured['ms']:10.2f} ms a step of 64 images, {measured['to_usc']:.3f} of usc's; with the backbone frozen "
-            f"{measured['frozen_to_usc']:.3f}"
+            f"{row:36}{times['ms']:10.2f} ms per 64 images, {times['to_usc']:.3f} of usc; with "
+            f"the backbone frozen {times['frozen_to_usc']:.3f}"
         )
     print(f"medians of {options.rounds} rounds; {result['machine']}")
 
