@@ -1,15 +1,17 @@
-"""kernels.cosine_topk on a CPU beside every peer that is installed, in turn, and beside the bare matrix product.
+"""kernels.cosine_topk on a CPU beside all installed peers, and beside the bare matrix product.
 
-    python benchmarks/topk.py                          # all cases on 1 thread; writes results/topk.csv, a case at a time
-    python benchmarks/topk.py --threads 2 --cases 4096x200000x64
-    python benchmarks/topk.py --table README.md        # writes the table of results/topk.csv between the marks in the README
+    python -m benchmarks.topk                            # all cases on 1 thread; results/topk.csv
+    python -m benchmarks.topk --threads 2 --cases 4096x200000x64
+    python -m benchmarks.topk --table results/README.md  # writes the table between its marks
 
-Each contender is a process of its own that holds the same unit vectors and computes when it is told to; they are told one after
-another, round by round, so that a change of the machine's speed meets all. Time is processor time of the whole process, which
-others on the machine disturb least. A short search is repeated, each time with other queries: with the same ones the processor
-would foresee branches that depend on their values, as it cannot in use. Memory is what its peak grew by from the first call to
-the last. A peer's own building of an index is not counted, nor is normalisation: it is handed unit vectors. `product` selects
-nothing: it is the floor.
+Each contender is a process of its own that holds the same unit vectors. The processes search one
+after another, round by round, so that a change of the machine's speed affects all. Times are
+processor times of the whole process, which other programs disturb least; the CSV file has wall
+times too. Short searches are repeated, with other queries each time: with the same ones, the
+processor would learn to predict branches that depend on their values. Memory is the growth of the
+process's peak from the first call to the last. A peer's index is built beforehand, and
+normalisation is not counted: all are given unit vectors. `product` is the product in tiles of
+1,024 rows by 512 queries without any selection: the lower limit of an exhaustive search.
 """
 
 import argparse
@@ -29,11 +31,9 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.shared import fill, output, positive, processor
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from shared import fill, output, positive, processor  # noqa: E402
-
 CASES = (
     "1x300x64",
     "2x300x64",
@@ -55,16 +55,7 @@ CASES = (
     "4096x1400000x64",
 )
 KINDS = ("random", "clustered", "sorted", "copies", "alike", "equal")
-CONTENDERS = (
-    "product",
-    "ours",
-    "faiss",
-    "torch",
-    "torch, tiles",
-    "numpy",
-    "scikit-learn",
-    "usearch",
-)
+K = 6
 MODULES = {"faiss": "faiss", "scikit-learn": "sklearn", "usearch": "usearch"}
 PACKAGES = {
     "faiss": "faiss-cpu",
@@ -73,14 +64,11 @@ PACKAGES = {
     "numpy": "numpy",
     "torch": "torch",
 }
-SLOW = {
-    "usearch": 2**25,
-    "scikit-learn": 2**30,
-    "numpy": 2**30,
-}  # pairs, above which a contender is left out
-AT_LEAST = 0.1  # seconds of a measurement: short calls are repeated,
-BATCHES, OTHERS = 100, 2**22  # with other queries, no more than so many pairs
-BLOCK, SLAB = 512, 1024  # queries, index rows of a tile
+# Pairs above which a contender is left out.
+SLOW = {"usearch": 2**25, "scikit-learn": 2**30, "numpy": 2**30}
+AT_LEAST = 0.1  # seconds of a measurement: short searches are repeated
+BATCHES, OTHERS = 100, 2**22  # of other queries; pairs of all of them together
+BLOCK, SLAB = 512, 1024  # queries and index rows of a tile
 COLUMNS = (
     "case",
     "k",
@@ -88,7 +76,8 @@ COLUMNS = (
     "contender",
     "cpu_ms",
     "wall_ms",
-    "to_product",
+    "to_product",  # of cpu_ms, median over rounds
+    "wall_to_product",
     "extra_mb",
     "same_rows_percent",
     "rounds",
@@ -96,6 +85,7 @@ COLUMNS = (
     "versions",
     "date",
 )
+KEY = ("case", "k", "threads", "machine")
 
 
 class Died(RuntimeError):
@@ -112,138 +102,183 @@ def a_case(text):
 
 
 def unit_vectors(queries, index, width, kind):
-    """(Q, D), (G, D) float32 unit rows, the queries near rows of the index unless they are random."""
+    """(Q, D), (G, D) float32 unit rows; unless they are random, queries are near index rows."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    rows, asked = (torch.empty(n, width).normal_(generator=generator) for n in (index, queries))
-    spread = {
-        "clustered": 0.3,
-        "copies": 0,
-        "alike": 0.01,
-    }  # ten copies of each row, else a thousand clusters
-    if kind in spread:
-        centres = torch.randn(
-            -(-index // 10) if kind == "copies" else 1000, width, generator=generator
-        )
-        chosen = torch.randint(0, len(centres), (index,), generator=generator)
-        for top in range(0, index, 4096):
-            rows[top : top + 4096] = (
-                rows[top : top + 4096] * spread[kind] + centres[chosen[top : top + 4096]]
-            )
-        asked = (spread[kind] or 0.3) * asked + centres[
-            torch.randint(0, len(centres), (queries,), generator=generator)
-        ]
+    rows, points = (torch.empty(n, width).normal_(generator=generator) for n in (index, queries))
+    spread = {"clustered": 0.3, "copies": 0, "alike": 0.01}.get(kind)
+    if spread is not None:  # a thousand clusters, or ten copies of each row
+        clusters = -(-index // 10) if kind == "copies" else 1000
+        centres = torch.randn(clusters, width, generator=generator)
+        chosen = torch.randint(0, clusters, (index,), generator=generator)
+        for part, places in zip(rows.split(4096), chosen.split(4096)):
+            part.mul_(spread).add_(centres[places])
+        chosen = torch.randint(0, clusters, (queries,), generator=generator)
+        points = (spread or 0.3) * points + centres[chosen]
     if kind == "equal":
         rows[:] = rows[0]
-    for part in (*rows.split(4096), *asked.split(4096)):
+    for part in (*rows.split(4096), *points.split(4096)):
         part /= part.norm(dim=1, keepdim=True)
-    if kind == "sorted":  # ever nearer to all queries
-        asked = torch.nn.functional.normalize(0.1 * asked + rows[0], dim=1)
-        order = (rows @ rows[0]).argsort()
-        rows = rows[order]
-    return asked, rows
+    if kind == "sorted":  # ever closer to all queries
+        points = torch.nn.functional.normalize(0.1 * points + rows[0], dim=1)
+        rows = rows[(rows @ rows[0]).argsort()]
+    return points, rows
 
 
-def contender(name, batches, index, k):
-    """-> a function that searches for the queries (Q, D) of batches[number], and returns the rows (Q, k) or None."""
+# Contenders: functions of batches of queries (Q, D), an index (G, D) and k -> a function that
+# searches for the queries of batches[number] and returns the rows (Q, k), or None.
+
+
+def product(batches, index, k):
     import torch
 
-    if name == "product":
-        tile = torch.empty(SLAB, min(BLOCK, len(batches[0])))
+    tile = torch.empty(SLAB, min(BLOCK, len(batches[0])))
 
-        def product(number):
-            for block in batches[number].split(BLOCK):
-                columns = block.T.contiguous()
-                for slab in index.split(SLAB):
-                    torch.mm(
-                        slab,
-                        columns,
-                        out=tile[: len(slab), : len(block)]
-                        if len(block) < BLOCK
-                        else tile[: len(slab)],
-                    )
+    def search(number):
+        for block in batches[number].split(BLOCK):
+            columns = block.T.contiguous()
+            for slab in index.split(SLAB):
+                out = tile[: len(slab)]
+                if len(block) < tile.shape[1]:
+                    out = out[:, : len(block)]
+                torch.mm(slab, columns, out=out)
 
-        return product
-    if name == "ours":
-        from kernels import cosine_topk
+    return search
 
-        return lambda number: cosine_topk(batches[number], index, k)[1]
-    if name == "torch":
 
-        def formula(number):
-            unit = torch.nn.functional.normalize(index)
-            found = [
-                (torch.nn.functional.normalize(block) @ unit.T).topk(k).indices
-                for block in batches[number].split(BLOCK)
-            ]
-            return torch.cat(found) if len(found) > 1 else found[0]
+def ours(batches, index, k):
+    from kernels import cosine_topk
 
-        return formula
-    if name == "torch, tiles":
+    return lambda number: cosine_topk(batches[number], index, k)[1]
 
-        def tiles(number):
-            found = []
-            for block in batches[number].split(BLOCK):
-                values = torch.empty(len(block), 0)
-                rows = torch.empty(len(block), 0, dtype=torch.int64)
-                for left in range(0, len(index), 16 * SLAB):
-                    best = (block @ index[left : left + 16 * SLAB].T).topk(
-                        min(k, len(index) - left)
-                    )
-                    values, order = torch.cat([values, best.values], 1).topk(
-                        min(k, values.shape[1] + best.values.shape[1])
-                    )
-                    rows = torch.cat([rows, best.indices + left], 1).gather(1, order)
-                found.append(rows)
-            return torch.cat(found)
 
-        return tiles
-    a, b = [queries.numpy() for queries in batches], index.numpy()
-    if name == "numpy":
+def torch_formula(batches, index, k):
+    import torch
+    from torch.nn.functional import normalize
 
-        def partition(number):
-            found = []
-            for top in range(0, len(a[number]), BLOCK):
-                scores = a[number][top : top + BLOCK] @ b.T
-                rows = np.argpartition(scores, -k, axis=1)[:, -k:]
-                order = np.argsort(-np.take_along_axis(scores, rows, 1), axis=1)
-                found.append(np.take_along_axis(rows, order, 1))
-            return np.concatenate(found)
+    def search(number):
+        unit = normalize(index)
+        blocks = batches[number].split(BLOCK)
+        found = [(normalize(block) @ unit.T).topk(k).indices for block in blocks]
+        return torch.cat(found) if len(found) > 1 else found[0]
 
-        return partition
-    if name == "faiss":
-        import faiss
+    return search
 
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        flat = faiss.IndexFlatIP(b.shape[1])
-        flat.add(b)
-        return lambda number: flat.search(a[number], k)[1]
-    if name == "scikit-learn":
-        from sklearn.neighbors import NearestNeighbors
 
-        neighbours = NearestNeighbors(n_neighbors=k, algorithm="brute", metric="cosine").fit(b)
-        return lambda number: neighbours.kneighbors(a[number], return_distance=False)
+def torch_tiles(batches, index, k):
+    import torch
+
+    def search(number):
+        found = []
+        for block in batches[number].split(BLOCK):
+            values = torch.empty(len(block), 0)
+            rows = torch.empty(len(block), 0, dtype=torch.int64)
+            for left in range(0, len(index), 16 * SLAB):
+                scores = block @ index[left : left + 16 * SLAB].T
+                best = scores.topk(min(k, scores.shape[1]))
+                values = torch.cat([values, best.values], 1)
+                values, order = values.topk(min(k, values.shape[1]))
+                rows = torch.cat([rows, best.indices + left], 1).gather(1, order)
+            found.append(rows)
+        return torch.cat(found)
+
+    return search
+
+
+def numpy_partition(batches, index, k):
+    batches, index = [queries.numpy() for queries in batches], index.numpy()
+
+    def search(number):
+        found = []
+        for top in range(0, len(batches[number]), BLOCK):
+            scores = batches[number][top : top + BLOCK] @ index.T
+            rows = np.argpartition(scores, -k, axis=1)[:, -k:]
+            order = np.argsort(-np.take_along_axis(scores, rows, 1), axis=1)
+            found.append(np.take_along_axis(rows, order, 1))
+        return np.concatenate(found)
+
+    return search
+
+
+def faiss_flat(batches, index, k):
+    import faiss
+    import torch
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    flat = faiss.IndexFlatIP(index.shape[1])
+    flat.add(index.numpy())
+    return lambda number: flat.search(batches[number].numpy(), k)[1]
+
+
+def scikit_learn(batches, index, k):
+    from sklearn.neighbors import NearestNeighbors
+
+    neighbours = NearestNeighbors(n_neighbors=k, algorithm="brute", metric="cosine")
+    neighbours.fit(index.numpy())
+    return lambda number: neighbours.kneighbors(batches[number].numpy(), return_distance=False)
+
+
+def usearch_exact(batches, index, k):
+    import torch
     import usearch.index
 
-    return lambda number: (
-        usearch.index.search(
-            b,
-            a[number],
-            k,
-            usearch.index.MetricKind.IP,
-            exact=True,
-            threads=torch.get_num_threads(),
-        ).keys
-    )
+    def search(number):
+        metric, threads = usearch.index.MetricKind.IP, torch.get_num_threads()
+        sides = index.numpy(), batches[number].numpy()
+        return usearch.index.search(*sides, k, metric, exact=True, threads=threads).keys
+
+    return search
+
+
+CONTENDERS = {
+    "product": product,
+    "ours": ours,
+    "faiss": faiss_flat,
+    "torch": torch_formula,
+    "torch, tiles": torch_tiles,
+    "numpy": numpy_partition,
+    "scikit-learn": scikit_learn,
+    "usearch": usearch_exact,
+}
 
 
 def start(*arguments):
-    """A contender's process. Why it cannot go on is sent as text."""
+    """The process of a contender. If it fails, the reason is sent as text."""
     try:
         serve(*arguments)
     except Exception as error:
         arguments[-1].send(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+
+def serve(name, case, k, threads, pipe):
+    """Answers "go" by (processor seconds, wall seconds) of a search, the end by rows, memory."""
+    import torch
+
+    torch.set_num_threads(threads)
+    shape, _, kind = case.partition(" ")
+    count, size, width = map(int, shape.split("x"))
+    batches = max(1, min(BATCHES, OTHERS // (count * size)))
+    queries, index = unit_vectors(count * batches, size, width, kind)
+    search = CONTENDERS[name](queries.split(count), index, k)
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with torch.inference_mode():
+        search(0)
+        started = time.perf_counter()
+        search(0)
+        calls = max(1, round(AT_LEAST / (time.perf_counter() - started)))
+        pipe.send(None)
+        while pipe.recv() == "go":
+            cpu, wall = time.process_time(), time.perf_counter()
+            for number in range(calls):
+                search(number % batches)
+            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+            pipe.send((cpu / calls, wall / calls))
+        rows = search(0)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    unit = 1 if sys.platform == "darwin" else 1024
+    pipe.send((None if rows is None else np.asarray(rows), peak * unit))
 
 
 def ask(name, case, worker, message=None):
@@ -258,104 +293,75 @@ def ask(name, case, worker, message=None):
         answer = f"exit status {process.exitcode}"
     if isinstance(answer, str):
         raise Died(
-            f"the process of {name} died in case {case} ({answer}): give a smaller case, or leave {name} out by "
-            "--contenders"
+            f"the process of {name} died in case {case} ({answer}): give a smaller case, or leave "
+            f"{name} out by --contenders"
         )
     return answer
 
 
-def serve(name, case, k, threads, pipe):
-    """Answers each message by (processor seconds, wall seconds) of a call, and the last by rows, memory."""
-    import torch
-
-    torch.set_num_threads(threads)
-    shape, _, kind = case.partition(" ")
-    count, size, width = map(int, shape.split("x"))
-    queries, index = unit_vectors(
-        count * max(1, min(BATCHES, OTHERS // (count * size))), size, width, kind
-    )
-    batches = queries.split(count)
-    search = contender(name, batches, index, k)
-    gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with torch.inference_mode():
-        search(0)
-        started = time.perf_counter()
-        search(0)
-        calls = max(1, round(AT_LEAST / (time.perf_counter() - started)))
-        pipe.send(None)
-        while pipe.recv() == "go":
-            started = time.process_time(), time.perf_counter()
-            for number in range(calls):
-                search(number % len(batches))
-            pipe.send(
-                (
-                    (time.process_time() - started[0]) / calls,
-                    (time.perf_counter() - started[1]) / calls,
-                )
-            )
-        rows = search(0)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    pipe.send(
-        (
-            None if rows is None else np.asarray(rows),
-            peak * (1 if sys.platform == "darwin" else 1024),
-        )
-    )
-
-
 def measure(case, options, contenders):
-    """-> rows of the CSV file, a contender each."""
+    """-> rows of the CSV file, one for each contender."""
     pairs = int(case.split("x")[0]) * int(case.split("x")[1])
     contenders = [name for name in contenders if pairs <= SLOW.get(name, pairs)]
     context, workers = multiprocessing.get_context("spawn"), {}
     try:
         for name in contenders:
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=start, args=(name, case, options.k, options.threads, theirs), daemon=True
-            )
+            pipe, remote = context.Pipe()
+            arguments = name, case, options.k, options.threads, remote
+            process = context.Process(target=start, args=arguments, daemon=True)
             process.start()
-            theirs.close()
-            workers[name] = process, ours, []
-            ask(name, case, workers[name])  # ready: one after another, or they would crowd
+            remote.close()
+            workers[name] = process, pipe, []
+            ask(name, case, workers[name])  # ready: one after another
         for turn in range(options.rounds):
-            for name in contenders[turn % len(contenders) :] + contenders[: turn % len(contenders)]:
+            first = turn % len(contenders)
+            for name in contenders[first:] + contenders[:first]:
                 workers[name][2].append(ask(name, case, workers[name], "go"))
         ends = {name: ask(name, case, worker, "end") for name, worker in workers.items()}
     finally:
         for process, *_ in workers.values():
             process.terminate()
-    exact, lines = ends["ours"][0], []
-    for name, (_, _, taken) in workers.items():
-        rows, peak = ends[name]
-        equal = "" if rows is None else f"{100 * (rows == exact).mean():.2f}"
-        ratio = statistics.median(
-            cpu / floor for (cpu, _), (floor, _) in zip(taken, workers["product"][2])
-        )
-        lines.append(
-            {
-                "case": case,
-                "k": options.k,
-                "threads": options.threads,
-                "contender": name,
-                "cpu_ms": f"{1e3 * statistics.median(cpu for cpu, _ in taken):.4g}",
-                "wall_ms": f"{1e3 * statistics.median(wall for _, wall in taken):.4g}",
-                "to_product": f"{ratio:.3f}",
-                "extra_mb": f"{peak / 1e6:.0f}",
-                "same_rows_percent": equal,
-                "rounds": options.rounds,
-                "machine": f"{processor()}, {os.cpu_count()} processors",
-                "versions": versions(),
-                "date": time.strftime("%Y-%m-%d"),
-            }
-        )
+    times = {name: worker[2] for name, worker in workers.items()}
+    rows = [csv_row(case, options, name, times, ends) for name in workers]
+    for row in rows:
         print(
-            f"{case:28}{name:14}{lines[-1]['cpu_ms']:>10} ms{lines[-1]['wall_ms']:>10} ms wall{lines[-1]['to_product']:>9}"
-            f"{lines[-1]['extra_mb']:>7} MB{equal:>8}",
+            f"{row['case']:28}{row['contender']:14}{row['cpu_ms']:>10} ms{row['wall_ms']:>10} ms "
+            f"wall{row['to_product']:>9}{row['wall_to_product']:>9} wall{row['extra_mb']:>7} MB"
+            f"{row['same_rows_percent']:>8}",
             flush=True,
         )
-    return lines
+    return rows
+
+
+def csv_row(case, options, name, times, ends):
+    rows, memory = ends[name]
+    cpu, wall = zip(*times[name])
+    ratios = [
+        [taken[i] / floor[i] for taken, floor in zip(times[name], times["product"])] for i in (0, 1)
+    ]
+    equal = "" if rows is None else f"{100 * (rows == ends['ours'][0]).mean():.2f}"
+    return {
+        "case": case,
+        "k": str(options.k),
+        "threads": str(options.threads),
+        "contender": name,
+        "cpu_ms": f"{1e3 * statistics.median(cpu):.4g}",
+        "wall_ms": f"{1e3 * statistics.median(wall):.4g}",
+        "to_product": f"{statistics.median(ratios[0]):.3f}",
+        "wall_to_product": f"{statistics.median(ratios[1]):.3f}",
+        "extra_mb": f"{memory / 1e6:.0f}",
+        "same_rows_percent": equal,
+        "rounds": str(options.rounds),
+        "machine": this_machine(),
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def this_machine():
+    """The CPU, and the instructions to which the environment limits the libraries."""
+    limit = os.environ.get("MKL_ENABLE_INSTRUCTIONS")
+    return f"{processor()}, {os.cpu_count()} processors" + (f", {limit} only" if limit else "")
 
 
 def versions():
@@ -367,7 +373,7 @@ def versions():
 
 
 def written(path):
-    """The rows of a CSV file, none if there is none. Raises ValueError for a file that `write` did not write."""
+    """The rows of a CSV file, if there is one. Raises ValueError for a file of another origin."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as lines:
@@ -377,13 +383,14 @@ def written(path):
             rows = [{}]
     if not all(tuple(row) == COLUMNS and None not in row.values() for row in rows):
         raise ValueError(
-            f"--out {path} is not a table of this program, whose columns are {', '.join(COLUMNS)}: give another file"
+            f"--out {path} is not a table of this program, whose columns are "
+            f"{', '.join(COLUMNS)}: give another file"
         )
     return rows
 
 
 def write(path, rows):
-    """Writes all of the file or nothing."""
+    """Writes the whole file or nothing."""
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, COLUMNS)
     table.writeheader()
@@ -397,41 +404,29 @@ def write(path, rows):
 
 
 def table(rows):
-    """The README's table: milliseconds of the product, how often as much each contender takes, memory of ours."""
-    names = [
-        name
-        for name in CONTENDERS
-        if any(row["contender"] == name for row in rows) and name != "product"
-    ]
-    lines = [
-        "| queries x rows x width | threads | product, ms | "
-        + " | ".join(names)
-        + " | memory of ours, MB |",
-        "|---" * (len(names) + 4) + "|",
-    ]
-    for case, threads in dict.fromkeys((row["case"], row["threads"]) for row in rows):
-        of = {
-            row["contender"]: row
-            for row in rows
-            if (row["case"], row["threads"]) == (case, threads)
-        }
-        best = min(float(row["to_product"]) for name, row in of.items() if name != "product")
-        cells = []
-        for name in names:
-            ratio = float(of[name]["to_product"]) if name in of else None
-            cells.append(
-                "" if ratio is None else f"**{ratio:.2f}**" if ratio == best else f"{ratio:.2f}"
-            )
-        lines.append(
-            f"| {case} | {threads} | {of['product']['cpu_ms']} | {' | '.join(cells)} | {of['ours']['extra_mb']} |"
-        )
+    """Markdown: milliseconds of the product, every contender's time in products, our memory."""
+    present = {row["contender"] for row in rows} - {"product"}
+    names = [name for name in CONTENDERS if name in present]
+    header = ["queries x rows x width", "threads", "product, ms", *names, "memory of ours, MB"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for key in dict.fromkeys(tuple(row[name] for name in KEY) for row in rows):
+        case = {row["contender"]: row for row in rows if tuple(row[name] for name in KEY) == key}
+        ratios = {name: float(case[name]["to_product"]) for name in names if name in case}
+        best = min(ratios.values())
+        shown = {name: f"{ratio:.2f}" for name, ratio in ratios.items()}
+        shown |= {name: f"**{shown[name]}**" for name in shown if ratios[name] == best}
+        label = key[0] + f", k = {key[1]}" * (key[1] != str(K))
+        label += f" ({key[3].split(', ')[-1]})" * key[3].endswith(" only")
+        cells = [label, key[2], case["product"]["cpu_ms"]]
+        cells += [shown.get(name, "") for name in names] + [case["ours"]["extra_mb"]]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def main():
-    import evaluate  # here: the contenders' processes need none of it
+def command_line():
+    import data  # late: the processes of the contenders do not need it
 
-    parser = evaluate.Parser(description=__doc__.splitlines()[0])
+    parser = data.Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--cases",
         nargs="+",
@@ -440,68 +435,76 @@ def main():
         metavar="QxGxD[ KIND]",
         help=f"KIND: {', '.join(KINDS)} (default: random); quote the two together",
     )
-    parser.add_argument("--k", type=positive, default=6)
+    parser.add_argument("--k", type=positive, default=K)
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--rounds", type=positive, default=9)
+    peers = list(CONTENDERS)[2:]
     parser.add_argument(
         "--contenders",
         nargs="+",
-        choices=CONTENDERS[2:],
+        choices=peers,
         metavar="NAME",
-        help=f"besides product and ours, of {', '.join(CONTENDERS[2:])} (default: all that are installed)",
+        help=f"besides product and ours, of {', '.join(peers)} (default: all installed ones)",
     )
     parser.add_argument("--out", type=output, default=str(ROOT / "results" / "topk.csv"))
     parser.add_argument(
         "--table",
         type=Path,
-        metavar="README",
+        metavar="FILE",
         help="write the table into this file, between its marks, and measure nothing",
     )
-    options = parser.parse_args()
+    return parser
+
+
+def write_table(parser, options):
+    rows = written(options.out)
+    if not rows:
+        parser.error(f"--out {options.out} holds no rows for a table: measure first")
     try:
-        rows = written(options.out)
+        fill(options.table, "topk", lambda: table(rows))
     except ValueError as error:
-        parser.error(str(error))
-    if options.table:
-        if not rows:
-            parser.error(
-                f"--out {options.out} holds no rows to make a table of: measure first, or give another file"
-            )
-        try:
-            fill(options.table, "topk", lambda: table(rows))
-        except ValueError as error:
-            parser.error(f"--table {error}")
-        return
+        parser.error(f"--table {error}")
+
+
+def check(parser, options):
     for case in options.cases:
         if options.k > (index := int(case.split("x")[1])):
             parser.error(
-                f"--k {options.k} is above the {index} rows of the index of case {case}: give that or less"
+                f"--k {options.k} is above the {index} rows of the index of case {case}: give "
+                "that or less"
             )
     for name in options.contenders or ():
         if name in MODULES and not importlib.util.find_spec(MODULES[name]):
+            package = PACKAGES[MODULES[name]]
             parser.error(
-                f"--contenders {name} is not installed: pip install {PACKAGES[MODULES[name]]}, or leave it out"
+                f"--contenders {name} is not installed: pip install {package}, or leave it out"
             )
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the processes to be started
-    installed = [
+
+
+def main():
+    parser = command_line()
+    options = parser.parse_args()
+    try:
+        written(options.out)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.table:
+        return write_table(parser, options)
+    check(parser, options)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the processes of the contenders
+    peers = options.contenders or [
         name
-        for name in CONTENDERS
+        for name in list(CONTENDERS)[2:]
         if name not in MODULES or importlib.util.find_spec(MODULES[name])
     ]
-    contenders = (
-        ["product", "ours", *dict.fromkeys(options.contenders)] if options.contenders else installed
-    )
     for case in options.cases:
         try:
-            measured = measure(case, options, contenders)
+            measured = measure(case, options, ["product", "ours", *dict.fromkeys(peers)])
         except Died as error:
             parser.exit(2, f"{parser.prog}: {error}\n")
-        kept = [
-            row
-            for row in written(options.out)
-            if (row["case"], row["k"], row["threads"])
-            != (case, str(options.k), str(options.threads))
-        ]
+        replaced = {tuple(row[name] for name in KEY) for row in measured}
+        rows = written(options.out)
+        kept = [row for row in rows if tuple(row[name] for name in KEY) not in replaced]
         write(options.out, kept + measured)
 
 

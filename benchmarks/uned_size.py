@@ -1,11 +1,13 @@
-"""Evaluation at the size of UnED: 241,986 queries in a merged index of 1,397,126 rows, eight domains, made-up unit vectors.
+"""Retrieval metrics at the size of UnED: 241,986 queries, 1,397,126 index rows, eight domains.
 
-    python benchmarks/uned_size.py                     # writes results/uned_size.json
+    python -m benchmarks.uned_size                      # writes results/uned_size.json
 
-A row is its class's centre plus noise, normalised. Domains have UnED's sizes; where UnED searches a split in itself, the queries
-are rows of the index, and each is excluded from its own result. What retrieval_metrics does beside the search is timed on one
-thread, by calling it again with the search's results at hand, in processor time, which other programs hardly change. Some
-queries go through a Python loop over queries too, the usual way to compute these metrics, which must say the same of each.
+The vectors are synthetic: a row is the centre of its class plus noise, normalised. The domains
+have UnED's sizes. Where UnED searches a split in itself, the queries are rows of the index, and
+each is excluded from its own result. The time of retrieval_metrics beside the search is measured
+on one thread by calling it again with the results of the search, in processor time, which other
+programs hardly affect. For some queries, a Python loop, the usual way to compute these metrics,
+must give the same values.
 """
 
 import platform
@@ -19,13 +21,12 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+import checkpoint
+import data
+import metrics
+from benchmarks.shared import machine, natural, output, positive
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from shared import machine, natural, output, positive  # noqa: E402
-
-import evaluate  # noqa: E402
-
 UNED = {
     "food2k": (9_979, 9_979),
     "cars": (8_131, 8_131),
@@ -37,55 +38,52 @@ UNED = {
     "rp2k": (10_931, 10_931),
 }  # queries, index
 QUERIES, INDEX = (sum(side) for side in zip(*UNED.values()))
-CLASS = 6  # rows of the index in a class, on average
+CLASS = 6  # index rows of a class, on average
 NOISE = 1.0  # standard deviation of each coordinate; the centres' is 1
-BLOCK = 2**16  # rows made at a time
-REPEATS = 5  # of what is not the search
+BLOCK = 2**16  # rows generated at a time
+REPEATS = 5  # of the measurement beside the search
 
 
 def shares(sizes, total):
-    """`total` cut in proportion to the sizes, whole numbers."""
+    """Whole numbers in proportion to the sizes, with sum `total`."""
     return np.diff(np.round(np.cumsum([0, *sizes]) * (total / sum(sizes))).astype(int)).tolist()
 
 
 def fill(rows, centres, labels, generator):
     """Rows (N, D) of the classes (N,)."""
-    for block, mine in zip(rows.split(BLOCK), torch.from_numpy(labels).split(BLOCK)):
-        block.normal_(0, NOISE, generator=generator).add_(centres[mine])
+    for block, classes in zip(rows.split(BLOCK), torch.from_numpy(labels).split(BLOCK)):
+        block.normal_(0, NOISE, generator=generator).add_(centres[classes])
         block /= torch.linalg.vector_norm(block, dim=1, keepdim=True)
 
 
-def made_up(q, g, dim, seed):
-    """-> queries, index (evaluate.Embeddings), exclude (q,). Labels begin at 0 in each domain."""
+def synthetic(q, g, dim, seed):
+    """-> queries, index (metrics.Embeddings), exclude (q,). Labels begin at 0 in each domain."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    vectors, labels = (
-        (torch.empty(q, dim), torch.empty(g, dim)),
-        (np.empty(q, dtype=int), np.empty(g, dtype=int)),
-    )
+    vectors = torch.empty(q, dim), torch.empty(g, dim)
+    labels = np.empty(q, dtype=int), np.empty(g, dtype=int)
     sizes = [shares(side, total) for side, total in zip(zip(*UNED.values()), (q, g))]
     exclude, ends = np.full(q, -1), (0, 0)
     for (queries, index), *counts in zip(UNED.values(), *sizes):
-        mine, theirs = (slice(end, end + count) for end, count in zip(ends, counts))
-        ends = mine.stop, theirs.stop
+        asking, indexed = (slice(end, end + count) for end, count in zip(ends, counts))
+        ends = asking.stop, indexed.stop
         classes = counts[1] // CLASS + 1
         centres = torch.randn(classes, dim, generator=generator)
-        labels[1][theirs] = rng.integers(0, classes, counts[1])
-        fill(vectors[1][theirs], centres, labels[1][theirs], generator)
-        if queries == index and counts[1]:  # all rows of the domain, or as many as asked for
-            exclude[mine] = theirs.start + np.arange(counts[0]) * counts[1] // max(1, counts[0])
-            vectors[0][mine], labels[0][mine] = vectors[1][exclude[mine]], labels[1][exclude[mine]]
+        labels[1][indexed] = rng.integers(0, classes, counts[1])
+        fill(vectors[1][indexed], centres, labels[1][indexed], generator)
+        if queries == index and counts[1]:  # rows of the domain, evenly spaced
+            rows = indexed.start + np.arange(counts[0]) * counts[1] // max(1, counts[0])
+            exclude[asking] = rows
+            vectors[0][asking], labels[0][asking] = vectors[1][rows], labels[1][rows]
         else:
-            labels[0][mine] = rng.integers(0, classes, counts[0])
-            fill(vectors[0][mine], centres, labels[0][mine], generator)
-    domains = [
-        [domain for domain, count in zip(UNED, side) for _ in range(count)] for side in sizes
-    ]
-    return *(evaluate.Embeddings(*side) for side in zip(vectors, labels, domains)), exclude
+            labels[0][asking] = rng.integers(0, classes, counts[0])
+            fill(vectors[0][asking], centres, labels[0][asking], generator)
+    domains = [[domain for domain, n in zip(UNED, side) for _ in range(n)] for side in sizes]
+    return *(metrics.Embeddings(*side) for side in zip(vectors, labels, domains)), exclude
 
 
-def loop(queries, index, exclude, neighbours, some):
+def loop(queries, index, exclude, neighbours, sample):
     """Yields R@1 and mMP of one query after another."""
-    for q in some:
+    for q in sample:
         same = np.flatnonzero(index.labels == queries.labels[q]).tolist()
         relevant = {
             row for row in same if index.domains[row] == queries.domains[q] and row != exclude[q]
@@ -95,8 +93,8 @@ def loop(queries, index, exclude, neighbours, some):
         yield float(found[0]), sum(found[:n]) / max(1, n)
 
 
-def main():
-    parser = evaluate.Parser(description=__doc__.splitlines()[0])
+def command_line():
+    parser = data.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--queries", type=positive, default=QUERIES)
     parser.add_argument("--index", type=positive, default=INDEX)
     parser.add_argument("--dim", type=positive, default=64)
@@ -105,74 +103,87 @@ def main():
         "--looped",
         type=positive,
         default=2000,
-        help="queries that go through the loop too (default: %(default)s)",
+        help="queries that are also evaluated by the loop (default: %(default)s)",
     )
     parser.add_argument("--out", type=output, default=str(ROOT / "results" / "uned_size.json"))
-    options = parser.parse_args()
-    of, threads = machine("cpu"), torch.get_num_threads()
-    queries, index, exclude = made_up(options.queries, options.index, options.dim, options.seed)
+    return parser
 
-    results, searching, beside = [], [], []
 
-    def search(*arguments, **further):
+def searched(queries, index, exclude):
+    """-> Metrics, seconds of the search, bytes of the process's peak, seconds beside the search."""
+    results, seconds, beside = [], [], []
+    topk = metrics.cosine_topk
+
+    def timed_topk(*arguments, **options):
         started = time.perf_counter()
-        results.append(topk(*arguments, **further))
-        searching.append(time.perf_counter() - started)
+        results.append(topk(*arguments, **options))
+        seconds.append(time.perf_counter() - started)
         return results[-1]
 
-    topk = evaluate.cosine_topk
-    with patch.object(evaluate, "cosine_topk", search):
-        metrics = evaluate.retrieval_metrics(queries, index, exclude=exclude)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    with patch.object(metrics, "cosine_topk", timed_topk):
+        found = metrics.retrieval_metrics(queries, index, exclude=exclude)
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for _ in range(REPEATS):
-        with patch.object(evaluate, "cosine_topk", side_effect=results):
+        with patch.object(metrics, "cosine_topk", side_effect=results):
             started = time.process_time()
-            again = evaluate.retrieval_metrics(queries, index, exclude=exclude)
+            again = metrics.retrieval_metrics(queries, index, exclude=exclude)
             beside.append(time.process_time() - started)
-        assert again[:2] == metrics[:2] and all(map(torch.equal, again[2:], metrics[2:]))
+        assert again[:2] == found[:2] and all(map(torch.equal, again[2:], found[2:]))
     torch.set_num_threads(threads)
+    return found, sum(seconds), memory, beside
 
-    some = np.linspace(0, options.queries - 1, min(options.looped, options.queries)).astype(int)
+
+def main():
+    options = command_line().parse_args()
+    queries, index, exclude = synthetic(options.queries, options.index, options.dim, options.seed)
+    found, seconds, memory, beside = searched(queries, index, exclude)
+
+    sample = np.linspace(0, options.queries - 1, min(options.looped, options.queries)).astype(int)
     started = time.process_time()
-    looped = list(loop(queries, index, exclude, metrics.neighbours, some))
+    looped = list(loop(queries, index, exclude, found.neighbours, sample))
     looping = time.process_time() - started
-    assert looped == list(
-        zip(metrics.per_query_recall[some].tolist(), metrics.per_query_mmp[some].tolist())
-    )
+    pairs = zip(found.per_query_recall[sample].tolist(), found.per_query_mmp[sample].tolist())
+    assert looped == list(pairs)
 
+    arguments = f"--queries {options.queries} --index {options.index} --dim {options.dim}"
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
     result = {
-        "command": f"python benchmarks/uned_size.py --queries {options.queries} --index {options.index} --dim {options.dim} "
-        f"--seed {options.seed} --looped {options.looped}",
-        "machine": of,
-        "threads": threads,
+        "command": f"python -m benchmarks.uned_size {arguments} --seed {options.seed} "
+        f"--looped {options.looped}",
+        "machine": machine("cpu"),
+        "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": versions,
         "queries": options.queries,
         "excluded": int((exclude >= 0).sum()),
         "index": options.index,
         "dim": options.dim,
-        "search_seconds": round(sum(searching), 2),
+        "search_seconds": round(seconds, 2),
         "beside_search_us_per_query": round(1e6 * statistics.median(beside) / options.queries, 3),
         "beside_search_seconds": [round(seconds, 4) for seconds in beside],
-        "loop_us_per_query": round(1e6 * looping / len(some), 1),
-        "queries_equal_to_loop": len(some),
+        "loop_us_per_query": round(1e6 * looping / len(sample), 1),
+        "queries_equal_to_loop": len(sample),
         "peak_memory_mb": round(memory / 1e6),
-        "recall_at_1": metrics.recall_at_1,
-        "mmp_at_5": metrics.mmp_at_k,
+        "recall_at_1": found.recall_at_1,
+        "mmp_at_5": found.mmp_at_k,
     }
-    evaluate.write_json(options.out, result)
+    checkpoint.write_json(options.out, result)
     print(
-        f"{options.queries:,} queries in {options.index:,} rows of {options.dim}: R@1 {100 * metrics.recall_at_1:.2f}, mMP@5 "
-        f"{100 * metrics.mmp_at_k:.2f}; search {result['search_seconds']} s on {threads} threads; all else "
-        f"{result['beside_search_us_per_query']} us of processor time a query on one thread (median of {REPEATS}); a loop, which "
-        f"says the same of {len(some):,} queries, {result['loop_us_per_query']} us; {result['peak_memory_mb']:,} MB; {of}"
+        f"{options.queries:,} queries, {options.index:,} index rows, D = {options.dim}\n"
+        f"R@1 {100 * found.recall_at_1:.2f}, mMP@5 {100 * found.mmp_at_k:.2f}\n"
+        f"search: {result['search_seconds']} s on {result['threads']} threads, peak memory "
+        f"{result['peak_memory_mb']:,} MB\n"
+        f"metrics beside the search: {result['beside_search_us_per_query']} us of processor time "
+        f"per query (median of {REPEATS})\n"
+        f"loop, equal for {len(sample):,} queries: {result['loop_us_per_query']} us per query\n"
+        f"{result['machine']}"
     )
 
 
