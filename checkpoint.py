@@ -133,6 +133,8 @@ def check_description(contents):
     for name, kind in KINDS.items():
         if not isinstance(contents[name], kind):
             raise TypeError(f"{name} is of type {type(contents[name]).__name__}")
+    if not 0 < contents["architecture"]["backbone"]["norm_eps"] < 1:
+        raise ValueError("norm_eps is not between 0 and 1")
     mean, std, antialias = (contents["preprocessing"][x] for x in ("mean", "std", "antialias"))
     if not (len(mean) == len(std) == 3 and all(map(math.isfinite, (*mean, *std))) and min(std) > 0):
         raise ValueError("mean and std of the images are not three finite numbers each")

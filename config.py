@@ -321,10 +321,11 @@ def check_number(name, value):
 
 
 def shown(value) -> str:
-    """A value as on the command line, shortened."""
+    """A value as on the command line, shortened, on one line."""
     if isinstance(value, int) and value.bit_length() > 1000:  # str() refuses the longest
         return "a number of hundreds of digits"
     text = " ".join(map(shown, value)) if isinstance(value, tuple) else str(value)
+    text = text if text.isprintable() else repr(text)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import shlex
 import signal
@@ -231,14 +232,35 @@ def load_last(out: Path) -> tuple[UDON, dict]:
             f"{out / 'last.pt'} is a best.pt, which holds no optimizer: restore the run's own "
             "last.pt"
         )
+    try:
+        check_state(last)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"{out / 'last.pt'} holds no state of a run ({checkpoint.summary(error)}): restore the "
+            "run's own last.pt, or start a new run"
+        ) from None
     if last["validated"] is not None:
         best = checkpoint.read(out / "best.pt")
         # A run killed between writing best.pt and last.pt has a newer best.pt, written again soon.
-        expected = best["step"] == last["best"]["step"] or best["step"] >= last["step"]
-        if best.get("run") != last["run"] or not expected:
+        step, expected = best.get("step"), last["best"]["step"]
+        is_newer = isinstance(step, int) and step >= last["step"]
+        if best.get("run") != last["run"] or not (step == expected or is_newer):
             raise RunError(
-                f"{out / 'best.pt'} is of step {best['step']} of run {best.get('run')}, but "
-                f"last.pt says step {last['best']['step']} of run {last['run']}: restore the "
-                "run's own best.pt, or start a new run"
+                f"{out / 'best.pt'} is of step {step} of run {best.get('run')}, but last.pt says "
+                f"step {expected} of run {last['run']}: restore the run's own best.pt, or start a "
+                "new run"
             )
     return model, last
+
+
+def check_state(last):
+    """Raises KeyError, TypeError, ValueError or AttributeError for values that no run writes. The
+    states of optimizer and sampler are checked by their own classes."""
+    numbers = [last["best"][name] for name in ("step", "recall_at_1", "mmp_at_5")]
+    tables = [last["backbone"]["mean"], *last["backbone"]["domains"].values()]
+    numbers += [row[name] for row in tables for name in ("recall_at_1", "mmp_at_5")]
+    steps = [last["metrics"]["bytes"], last["best"]["step"], last["validated"] or 0]
+    if not all(type(step) is int and step >= 0 for step in steps):
+        raise ValueError("a step or a size is no whole number")
+    if not all(map(math.isfinite, numbers)) or not isinstance(last["metrics"]["sha256"], str):
+        raise ValueError("a metric is no finite number")
