@@ -42,13 +42,16 @@ from folders import (
     ClassFolders,
     Entries,
     Files,
+    by_suffix,
     conflicts,
+    is_image,
     look_up,
     missing_files,
     read_class_folders,
     read_manifest,
     split_folders,
     visible_directories,
+    visible_files,
 )
 from images import (
     SUFFIXES,
@@ -240,7 +243,7 @@ def same_file_rows(queries: Split, index: Split) -> np.ndarray:
     return np.where(columns < counts[:, None], order[positions], -1)
 
 
-# Domains --------------------------------------------------------------------------------------
+# Domains ------------------------------------------------------------------------------------------
 
 
 class Benchmark:
@@ -292,12 +295,26 @@ class Benchmark:
                 f"data folder {root} holds no domain: it needs info_files/<domain>/<split>.json "
                 "and images/, or <domain>/<class>/ folders of images"
             )
-        if self.manifests is None and not any(map(visible_directories, folders.values())):
+        if self.manifests is None and self._holds_images(folders.values()):
             raise InputError(
                 f"data folder {root} has class folders where domains are expected: give its "
                 f"parent, {self.root.resolve().parent}, with one folder per domain"
             )
+        stray = [] if self.manifests else visible_files(parent)
+        if stray:
+            self._note(f"{parent}: ignored {by_suffix(stray)}")
         return folders
+
+    @staticmethod
+    def _holds_images(folders):
+        """Whether these are class folders: without folders in them, but with images."""
+        if any(map(visible_directories, folders)):
+            return False
+        return any(is_image(name) for folder in folders for name in visible_files(folder))
+
+    def _note(self, text):
+        if printable(text) not in self.notes:
+            self.notes.append(printable(text))
 
     def _check_domain(self, domain):
         if domain not in self.domains:
@@ -351,7 +368,8 @@ class Benchmark:
         """The splits of a domain of class folders, read once."""
         if domain not in self._class_folders:
             folders = read_class_folders(self.folders[domain], domain)
-            self.notes += map(printable, folders.notes)
+            for note in folders.notes:
+                self._note(note)
             self._class_folders[domain] = folders
         return self._class_folders[domain]
 
@@ -377,11 +395,9 @@ class Benchmark:
             raise InputError(f"{problem} (domain {domain}, split {name}): give each file one label")
         repeated = len(entries.paths) - len(found.missing) - len(found.kept)
         if repeated:
-            self.notes.append(
-                printable(
-                    f"domain {domain}, split {name}: {repeated:,} entries repeat a file of another "
-                    "entry; each file counts once"
-                )
+            self._note(
+                f"domain {domain}, split {name}: {repeated:,} entries repeat the file of another "
+                "entry; each file counts once"
             )
         labels = [entries.labels[row] for row in found.kept]
         if all(len(ids) == 1 for ids in labels):
@@ -406,11 +422,9 @@ class Benchmark:
             files = np.isin(split.files, train.files).sum()
             classes = len(_label_set(train) & _label_set(split))
             if files or classes:
-                self.notes.append(
-                    printable(
-                        f"domain {domain}: train and {other} share {files:,} files and "
-                        f"{classes:,} classes"
-                    )
+                self._note(
+                    f"domain {domain}: train and {other} share {files:,} files and {classes:,} "
+                    "classes"
                 )
 
 
@@ -657,7 +671,7 @@ def check(root: str | os.PathLike) -> dict:
     problems  sentences, each about a file, a manifest or a domain that cannot be used
     ignored   files in class folders that are no images of a class
     shared    [{"file": path, "splits": [...]}]: files that several splits name
-    copies    [[path, ...]]: different files of the same content
+    copies    [{path: [split, ...], ...}]: different files of the same content
     notes     as of Benchmark
     Raises InputError for a root that is no data directory.
     """
@@ -680,16 +694,16 @@ def check(root: str | os.PathLike) -> dict:
             domains[domain][name] = counts(entries, found)
             for row in found.kept:
                 path = os.path.join(entries.folder, found.paths[row])
-                _, splits = uses.setdefault(int(found.files[row]), (path, []))
-                splits.append(f"{domain}/{name}")
+                _, names = uses.setdefault(int(found.files[row]), (path, []))
+                names.append(f"{domain}/{name}")
     copies, unreadable = examine([path for path, _ in uses.values()])
-    shared = [{"file": path, "splits": splits} for path, splits in uses.values() if splits[1:]]
+    splits_of = dict(uses.values())
     return {
         "domains": domains,
         "problems": list(dict.fromkeys(problems + unreadable)),
         "ignored": benchmark.ignored(),
-        "shared": shared,
-        "copies": copies,
+        "shared": [{"file": path, "splits": names} for path, names in uses.values() if names[1:]],
+        "copies": [{path: splits_of[path] for path in group} for group in copies],
         "notes": benchmark.notes,
     }
 
@@ -733,7 +747,9 @@ def report_lines(report: dict) -> Iterator[str]:
     yield from (f"ignored: {path}" for path in report["ignored"])
     together = collections.Counter(", ".join(x["splits"]) for x in report["shared"])
     yield from (f"note: {count:,} files are shared by {s}" for s, count in together.items())
-    yield from (f"same content: {', '.join(paths)}" for paths in report["copies"])
+    for group in report["copies"]:
+        files = (f"{path} ({', '.join(names)})" for path, names in group.items())
+        yield f"note: same content: {', '.join(files)}"
     yield from (f"problem: {sentence}" for sentence in report["problems"])
     yield f"{len(report['problems']):,} problems"
 
@@ -754,9 +770,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if options.json:
+            open(options.json, "a").close()  # before the long work
         report = check(options.data)
         if options.json:
-            Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+            Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
         for line in report_lines(report):
             print(printable(line))
         sys.stdout.flush()
@@ -765,7 +783,8 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of a pipe has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        parser.exit(2, f"{parser.prog}: --json {options.json} cannot be written ({error})\n")
+        place = printable(str(error.filename or options.data))
+        parser.exit(2, f"{parser.prog}: {place} cannot be used ({error.strerror or error})\n")
     except KeyboardInterrupt:
         parser.exit(130, "\n")
     sys.exit(1 if report["problems"] else 0)

@@ -35,6 +35,14 @@ class Entries(NamedTuple):
     labels: list[tuple[int, ...]]
 
 
+class ClassFolders(NamedTuple):
+    """What a domain of class folders holds."""
+
+    splits: dict[str, Entries]
+    ignored: list[str]  # files in visible folders that are no images of a class
+    notes: list[str]
+
+
 # Manifests and class folders ----------------------------------------------------------------------
 
 
@@ -85,9 +93,11 @@ def read_manifest(file: Path, folder: str, single: bool) -> Entries:
 
 
 def _without_repetition(pairs):
-    """A JSON object as a dict; one that holds a key twice remains a list, which no entry may be."""
+    """A JSON object as a dict. Raises ValueError for a key that it holds twice."""
     result = dict(pairs)
-    return result if len(result) == len(pairs) else [pairs]
+    if len(result) < len(pairs):
+        raise ValueError(f"a key is repeated in {str(pairs)[:120]}")
+    return result
 
 
 def _path_and_labels(entry):
@@ -101,30 +111,33 @@ def _path_and_labels(entry):
         return None, None
     try:
         path.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
+        os.fsencode(path)
+    except UnicodeEncodeError:  # half of a surrogate pair; no name on this system
         return None, None
     return path, ids
 
 
-def read_class_folders(folder: Path, domain: str) -> "ClassFolders":
+def read_class_folders(folder: Path, domain: str) -> ClassFolders:
     """The splits of a domain of class folders.
 
     Where its folders are named after splits, these are used; otherwise, the classes are divided at
     random. Raises InputError for fewer than three classes and for folders that mix the two.
     """
     splits, ignored, notes = split_folders(folder), [], []
-    ignored += _names(folder, os.path.isfile)
+    ignored += visible_files(folder)
     parts = {}  # {split: {class: paths below folder}}
     for name, child in (splits or {"all": "."}).items():
         classes = visible_directories(folder / child)
         parts[name] = {c: _images(folder, os.path.join(child, c), ignored) for c in classes}
         if splits:
-            ignored += [os.path.join(child, x) for x in _names(folder / child, os.path.isfile)]
+            ignored += [os.path.join(child, x) for x in visible_files(folder / child)]
     classes = sorted(set().union(*parts.values()))
     if len(classes) < 3:
+        is_class = not splits and any(map(is_image, ignored))
         raise InputError(
-            f"domain folder {folder} has {len(classes)} class folders: give at least 3, since val "
-            "takes classes of its own"
+            f"domain folder {folder} has {len(classes)} class folders: give at least 3, since the "
+            "splits need classes of their own"
+            + (f"; it holds images, so if {folder.parent} is a domain, give its parent" * is_class)
         )
     if "test" not in parts and splits:
         parts["test"] = parts.pop("val")
@@ -144,16 +157,8 @@ def read_class_folders(folder: Path, domain: str) -> "ClassFolders":
         labels = [(numbers[c],) for c in sorted(images) for _ in images[c]]
         entries[name] = Entries(str(folder), paths, labels)
     if ignored:
-        notes.append(f"{folder}: ignored {_by_suffix(ignored)}")
+        notes.append(f"{folder}: ignored {by_suffix(ignored)}")
     return ClassFolders(entries, [os.path.join(folder, path) for path in sorted(ignored)], notes)
-
-
-class ClassFolders(NamedTuple):
-    """What a domain of class folders holds."""
-
-    splits: dict[str, Entries]
-    ignored: list[str]  # files in visible folders that are no images of a class
-    notes: list[str]
 
 
 def split_folders(folder: Path) -> dict[str, str]:
@@ -197,27 +202,35 @@ def _images(folder, child, ignored):
         children[:] = filter(_is_visible, children)
         below = os.path.relpath(directory, folder)
         for name in filter(_is_visible, names):
-            is_image = os.path.splitext(name)[1].lower() in SUFFIXES
-            (paths if is_image else ignored).append(os.path.join(below, name))
+            (paths if is_image(name) else ignored).append(os.path.normpath(f"{below}/{name}"))
     return sorted(paths)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's suffix is that of an image format that can be opened."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def _is_visible(name):
     return not name.startswith(".") and name != "__MACOSX"
 
 
-def _names(folder, kind):
-    """The sorted visible names in a folder; kind: os.path.isdir or os.path.isfile."""
+def visible_directories(folder: str | os.PathLike) -> list[str]:
+    """The sorted names of the folders in a folder, without those that are skipped."""
+    return _visible_names(folder, os.path.isdir)
+
+
+def visible_files(folder: str | os.PathLike) -> list[str]:
+    """The sorted names of the regular files in a folder, without those that are skipped."""
+    return _visible_names(folder, os.path.isfile)
+
+
+def _visible_names(folder, kind):
     try:
         names = os.listdir(folder)
     except OSError as error:
         _refuse(error)
     return sorted(x for x in names if _is_visible(x) and kind(os.path.join(folder, x)))
-
-
-def visible_directories(folder: str | os.PathLike) -> list[str]:
-    """The sorted names of the folders in a folder, those skipped aside."""
-    return _names(folder, os.path.isdir)
 
 
 def _refuse(error):
@@ -227,8 +240,8 @@ def _refuse(error):
     )
 
 
-def _by_suffix(paths):
-    """For example 75 .heic, 1 .db."""
+def by_suffix(paths: list[str]) -> str:
+    """The numbers of files of each suffix, for example 75 .heic, 1 .db."""
     suffixes = [os.path.splitext(path)[1].lower() or "without suffix" for path in paths]
     counts = collections.Counter(suffixes).most_common()
     text = ", ".join(f"{count:,} {suffix}" for suffix, count in counts[:10])
@@ -252,11 +265,13 @@ class Files(NamedTuple):
 def look_up(entries: Entries) -> Files:
     """Finds the files of all entries, in linear time. Every directory is listed once, instead of
     asking for each of millions of files."""
-    paths = [os.path.normpath(path) for path in entries.paths]
+    paths = list(entries.paths)
     files, inodes = np.zeros(len(paths), dtype=np.int64), np.zeros(len(paths), dtype=np.uint64)
     missing = dict.fromkeys(range(len(paths)), "does not exist")
     for spelling in (str, _escaped, _with_slashes):
         candidates = {row: spelling(entries.paths[row]) for row in missing}
+        if spelling is not str:
+            candidates = {row: x for row, x in candidates.items() if x != entries.paths[row]}
         for row, file, inode, reason in _listed(entries.folder, candidates):
             if reason is None:
                 paths[row], files[row], inodes[row] = candidates[row], hash(file), inode

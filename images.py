@@ -46,8 +46,13 @@ REDUCED_MARGIN = 9 / 8
 LONGEST = 16
 BILINEAR = Image.Resampling.BILINEAR
 
-# Pillow's warnings and log messages name no file; what matters is an InputError here.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+
+def _silence_pillow():
+    """Its warnings and log messages name no file; those that matter are InputErrors here."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+_silence_pillow()
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
@@ -92,14 +97,9 @@ def open_reduced(
                 f"image {path} is not a regular file: replace it or take it out of the data"
             )
         _set_pixel_limit()
-        with Image.open(path, formats=tuple(FORMATS)) as image:
-            box = None
-            if short_side is not None:
-                least = int(np.ceil(REDUCED_MARGIN * short_side))
-                drafted = image.draft(None, (least, least))  # None for formats other than JPEG
-                box = drafted[1] if drafted is not None and image.size != drafted[1][2:] else None
-            image.load()
-            return _upright(_rgb(image, path), _orientation(image), box)
+        with warnings.catch_warnings():  # the caller may have reset the filters
+            _silence_pillow()
+            return _decoded(path, short_side)
     except InputError:
         raise
     except Image.DecompressionBombError:
@@ -111,6 +111,17 @@ def open_reduced(
         raise InputError(
             f"image {path} cannot be read ({_reason(error)}): repair it or take it out of the data"
         ) from None
+
+
+def _decoded(path, short_side):
+    with Image.open(path, formats=tuple(FORMATS)) as image:
+        box = None
+        if short_side is not None:
+            least = int(np.ceil(REDUCED_MARGIN * short_side))
+            drafted = image.draft(None, (least, least))  # None for formats other than JPEG
+            box = drafted[1] if drafted is not None and image.size != drafted[1][2:] else None
+        image.load()
+        return _upright(_rgb(image, path), _orientation(image), box)
 
 
 def _set_pixel_limit():
