@@ -327,7 +327,7 @@ _RESERVED = frozenset(dir(nn.ModuleDict()))
 
 
 def _escape(domain: str) -> str:
-    if "." in domain or domain in _RESERVED or domain.startswith(("@", "__")):
+    if "." in domain or domain in _RESERVED or domain.startswith("@"):
         return "@" + domain.replace("%", "%25").replace(".", "%2E")
     return domain
 

@@ -187,6 +187,7 @@ def _read(path: Path) -> Checkpoint:
     _refuse_other_formats(path)
     is_torchscript = False
     try:
+        _check_checksums(path)
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 content = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
@@ -236,6 +237,15 @@ def _refuse_other_formats(path: Path) -> None:
         raise WeightsError("this is Flax msgpack: give the model's PyTorch or .npz weights")
     if head.startswith(b"\x89HDF"):
         raise WeightsError("this is HDF5, from Keras: give the model's PyTorch or .npz weights")
+
+
+def _check_checksums(path: Path) -> None:
+    """Raises ValueError for a damaged zip archive, whose checksums neither torch nor numpy reads."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} has a wrong checksum")
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -323,7 +333,7 @@ def _check_tensors(weights: dict[str, Tensor]) -> None:
     for key, value in weights.items():
         if value.layout != torch.strided or value.is_nested:
             problem = "is sparse or nested"
-        elif value.is_quantized or value.dtype not in dtypes:
+        elif value.dtype not in dtypes:
             problem = f"has dtype {value.dtype}"
         elif value.is_meta:
             problem = "is on the meta device, without values"

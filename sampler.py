@@ -189,7 +189,7 @@ class DomainSampler:
             turns = (self._step % len(self.domains) + np.arange(count)) % len(self.domains)
             return [self.domains[turn] for turn in turns]
         # Places 0..period-1 are handed out in blocks, one per domain; a permutation orders them.
-        last_places = np.cumsum(self._quotas(weights)) - 1
+        last_places = np.cumsum(self._quotas(weights))[:-1] - 1  # of all blocks but the last
         rng = np.random.default_rng((self.seed, index))
         if self.period <= LONGEST_PLAN:
             places = rng.permutation(self.period)[start:]
@@ -203,7 +203,6 @@ class DomainSampler:
         quotas = np.floor(exact).astype(np.int64)
         largest_remainder = np.argsort(quotas - exact, kind="stable")
         quotas[largest_remainder[: max(self.period - quotas.sum(), 0)]] += 1
-        quotas[quotas.argmax()] += self.period - quotas.sum()  # 0 but for periods beyond float64
         return quotas
 
 

@@ -603,6 +603,10 @@ HF_PREPROCESSOR = {"image_mean": list(IMAGENET[0]), "image_std": list(IMAGENET[1
 
 OLD_TIMM_CONFIG = {"architecture": "vit_s", "mean": [0.5, 0.5, 0.4], "std": [1, 1, 1]}
 HF_FILES = {"config.json": HF_CONFIG, "preprocessor_config.json": HF_PREPROCESSOR}
+CONFLICTING_FILES = {
+    "config.json": {"hidden_act": "quick_gelu"} | HF_PREPROCESSOR,
+    "open_clip_config.json": OPEN_CLIP_CONFIG,
+}
 JAX_CONFIG = {"hidden_act": "gelu_pytorch_tanh"}
 
 
@@ -616,6 +620,7 @@ JAX_CONFIG = {"hidden_act": "gelu_pytorch_tanh"}
         ("clip", {"open_clip_config.json": OPEN_CLIP_CONFIG}, "gelu", HALF),
         ("clip", {"config.json": HF_CONFIG}, "gelu", CLIP),
         ("clip", HF_FILES, "gelu", IMAGENET),
+        ("clip", CONFLICTING_FILES, "gelu", HALF),  # open_clip's file is read first
         ("augreg", {"config.json": TIMM_CONFIG}, "gelu_tanh", HALF),  # nothing is assumed
     ],
 )
