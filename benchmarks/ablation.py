@@ -26,7 +26,7 @@ import checkpoint
 import data
 import udon
 from benchmarks import rows, tables
-from benchmarks.shared import fill, positive
+from benchmarks.shared import positive
 from checkpoint import CheckpointError
 from evaluate import METRICS
 
@@ -259,12 +259,7 @@ def write_tables(options: argparse.Namespace) -> None:
         results = tables.read(options.results)
         return tables.ablation_tables(results, tables.read_times(options.times))
 
-    try:
-        fill(options.tables, "ablation", text)
-    except data.InputError:
-        raise
-    except ValueError as error:
-        raise data.InputError(f"--tables {error}") from None
+    tables.write(options.tables, "ablation", text)
 
 
 def train_rows(options: argparse.Namespace, program: str) -> None:

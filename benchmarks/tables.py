@@ -1,8 +1,9 @@
-"""Tables of R@1 and mMP@5 over seeds, in Markdown, with intervals and paired tests by scipy.
+"""Tables of R@1 and mMP@5 over seeds, in Markdown, with intervals and paired t-tests by scipy.
 
     read(directory)                 {row: {seed: result}} of the ablation
     read_times(path)                {row: training time of a step, relative to usc}
     ablation_tables(results, times) all tables of the ablation as one text
+    write(path, name, text)         writes them into a file, between marks
     mean_interval(values)           "mean ± half width of the 95 % confidence interval", in %
     difference(results, row, ...)   mean difference of two rows, paired by seed, and its p-value
 
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import data
 from benchmarks.rows import BASELINE, ROWS, SETTINGS, SYSTEMS, TRIED, VARIATIONS, config_of
+from benchmarks.shared import fill
 from evaluate import METRICS
 
 Results = dict[str, dict[int, dict]]  # {row: {seed: result}}
@@ -61,6 +63,17 @@ def read_times(path: Path) -> dict[str, dict[str, float]]:
             f"--times {path} is not a result of step_overhead.py ({type(error).__name__}: "
             f"{error}): write it with python -m benchmarks.step_overhead"
         ) from None
+
+
+def write(path: Path, name: str, text: Callable[[], str]) -> None:
+    """Writes text() between the lines <!-- name --> and <!-- end of name --> of a file. Raises
+    data.InputError for a file without them."""
+    try:
+        fill(path, name, text)
+    except data.InputError:
+        raise
+    except ValueError as error:
+        raise data.InputError(str(error)) from None
 
 
 # Statistics ---------------------------------------------------------------------------------------
