@@ -240,7 +240,7 @@ def _refuse_other_formats(path: Path) -> None:
 
 
 def _check_checksums(path: Path) -> None:
-    """Raises ValueError for a damaged zip archive, whose checksums neither torch nor numpy reads."""
+    """Raises ValueError for a damaged zip archive; torch.load does not read the checksums."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

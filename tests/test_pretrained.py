@@ -1202,6 +1202,16 @@ def test_a_file_of_another_kind_is_refused(tmp_path, kind):
     assert not (tmp_path / "exploded").exists(), "a pickled object was loaded"
 
 
+@pytest.mark.parametrize("container", ["bare", "float16", "torchscript", "npz"])
+def test_a_flipped_bit_is_found(tmp_path, container):
+    family = "augreg" if container == "npz" else "clip"
+    path = save(tmp_path / "weights", random_weights(family), container)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # the lowest bit of some weight
+    path.write_bytes(content)
+    assert "checksum" in refused(path)
+
+
 RECOGNISED = {  # content, word in the message
     "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs"),
     "web page": (b"<!DOCTYPE html>\n<html><head><title>404</title>", "web page"),
