@@ -1,12 +1,12 @@
-"""data.py: layouts, labels, transforms against independent arithmetic, batches as functions of (seed, step), bad input."""
+"""data.py: batches as functions of (seed, step), loading, bad images, the check of a directory."""
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import write_uned
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,150 +18,7 @@ from sampler import DomainSampler
 SIZE, BATCH, SEED = 16, 6, 3
 
 
-# Layouts ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_uned_layout(uned):
-    benchmark = data.Benchmark(uned)
-    assert benchmark.domains == ("birds", "cars")
-    train = benchmark.split("birds", "train")
-    assert (len(train), train.num_classes) == (20, 4) and train.labels.dtype == np.int32
-    assert train.image(7).mode == "RGB" and train.image(7).size == (24, 20)
-    assert train.paths[7] == "birds/train/1_2.png" and train.paths[-1] == "birds/train/3_4.png"
-    queries = benchmark.split("cars", "test")
-    assert queries.labels[0] == (8, 99) and len(queries) == 10
-    assert [benchmark.index_name(d, s) for d in benchmark.domains for s in ("val", "test")] == [
-        "val",
-        "test",
-        "val",
-        "index",
-    ]
-
-
-def test_small_index_serves_val(tmp_path):
-    root = write_uned(tmp_path)
-    folder = root / "info_files" / "birds"
-    (folder / "small_index.json").write_text((folder / "val.json").read_text())
-    benchmark = data.Benchmark(root)
-    assert (benchmark.index_name("birds", "val"), benchmark.index_name("birds", "test")) == (
-        "small_index",
-        "test",
-    )
-    assert len(benchmark.split("birds", "small_index")) == 20
-
-
-def test_labels_are_renumbered_for_the_classifier(tmp_path):
-    root = write_uned(tmp_path)
-    file = root / "info_files" / "birds" / "train.json"
-    entries = json.loads(file.read_text())
-    for entry in entries:
-        entry["class_id"] = {0: 900, 1: 7, 2: 2**31 - 1, 3: 8}[entry["class_id"]]
-    file.write_text(json.dumps(entries))
-    split = data.Benchmark(root).split("birds", "train")
-    assert split.num_classes == 4 and split.labels[0] == 900
-    assert split.classes[[0, 5, 10, 15]].tolist() == [2, 0, 3, 1]  # in the order of the ids
-
-
-def test_class_folders_are_cut_without_overlap(class_folders):
-    benchmark = data.Benchmark(class_folders)
-    for domain in benchmark.domains:
-        labels = {
-            name: set(benchmark.split(domain, name).labels.tolist())
-            for name in ("train", "val", "test")
-        }
-        assert {name: len(ids) for name, ids in labels.items()} == {"train": 4, "val": 1, "test": 2}
-        assert len(set.union(*labels.values())) == 7, "each class is in exactly one split"
-    assert len(data.Benchmark(class_folders).split("tools", "train")) == 16
-
-
-def test_escaped_names_are_found(tmp_path):
-    root = write_uned(tmp_path)
-    file = root / "info_files" / "birds" / "train.json"
-    entries = json.loads(file.read_text())
-    (root / "images" / entries[0]["path"]).rename(root / "images" / "birds" / "caf#U00e9#U4e2d.png")
-    entries[0]["path"] = "birds/caf\u00e9\u4e2d.png"
-    file.write_text(json.dumps(entries))
-    assert data.Benchmark(root).split("birds", "train").image(0).size == (24, 20)
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
-def test_every_image_mode_becomes_rgb(tmp_path, mode):
-    root = write_uned(tmp_path)
-    entry = json.loads((root / "info_files" / "birds" / "train.json").read_text())[0]
-    image = Image.new("RGB", (9, 5), (200, 30, 30)).convert(mode)
-    image.save(root / "images" / entry["path"], format="TIFF" if mode == "CMYK" else "PNG")
-    assert np.asarray(data.Benchmark(root).split("birds", "train").image(0)).shape == (5, 9, 3)
-
-
-# Transforms ------------------------------------------------------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=60)
-@given(width=st.integers(1, 90), height=st.integers(1, 90), size=st.integers(4, 48))
-def test_prepared_shapes(width, height, size):
-    image = Image.fromarray(
-        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    )
-    assert data.prepare_train(image, size).shape == (round(size * 8 / 7),) * 2 + (3,)
-    for antialias in (True, False):
-        assert data.prepare_test(image, size, antialias).shape == (size, size, 3)
-
-
-def test_training_side_of_the_paper():
-    assert data.train_side(224) == 256
-
-
-@pytest.mark.parametrize(
-    "width, height, left, top, scaled",
-    [(60, 40, 4, 0, (24, 16)), (40, 61, 0, 4, (16, 24)), (16, 16, 0, 0, (16, 16))],
-)
-def test_centre_crop(width, height, left, top, scaled):
-    """Short side to 16, other side int(ratio x 16), then the centre with floored offset."""
-    image = Image.fromarray(
-        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    )
-    whole = np.asarray(image.resize(scaled, Image.Resampling.BILINEAR))
-    assert (data.prepare_test(image, 16) == whole[top : top + 16, left : left + 16]).all()
-
-
-@settings(deadline=None, max_examples=40)
-@given(width=st.integers(2, 60), height=st.integers(2, 60), side=st.integers(2, 60))
-def test_resize_without_antialias_is_half_pixel_bilinear(width, height, side):
-    """TensorFlow's bilinear resize: output pixel i looks at (i + 1/2) x ratio - 1/2, clamped to the image."""
-    pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-    def sampling(old):
-        """(side, old) weights of the old pixels in each new one."""
-        at = np.clip((np.arange(side) + 0.5) * old / side - 0.5, 0, old - 1)
-        return np.clip(1 - abs(at[:, None] - np.arange(old)), 0, None)
-
-    exact = np.einsum("ih,jw,hwc->ijc", sampling(height), sampling(width), pixels.astype(float))
-    error = abs(data.resize(Image.fromarray(pixels), side, side, antialias=False) - exact).max()
-    assert error < 0.501, f"{error} levels, more than rounding"
-
-
-def test_resize_with_antialias_is_torchs():
-    pixels = np.random.default_rng(1).integers(0, 256, (90, 70, 3), dtype=np.uint8)
-    ours = data.resize(Image.fromarray(pixels), 20, 24).astype(float)
-    tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None].double()
-    theirs = (
-        F.interpolate(tensor, (24, 20), mode="bilinear", antialias=True, align_corners=False)[0]
-        .permute(1, 2, 0)
-        .numpy()
-    )
-    assert abs(ours - theirs).max() <= 1.0
-
-
-def test_normalise():
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.5, 0.1)
-    expected = (images.numpy().astype(np.float64) / 255 - np.reshape(mean, (3, 1, 1))) / np.reshape(
-        std, (3, 1, 1)
-    )
-    assert np.allclose(data.normalise(images, mean, std).numpy(), expected, atol=1e-6)
-
-
-# Batches ---------------------------------------------------------------------------------------------------------------------
+# Batches ------------------------------------------------------------------------------------------
 
 
 def batches_of(root, **changes):
@@ -190,7 +47,7 @@ def test_a_batch_is_a_function_of_seed_and_step(uned, step, noise):
 
 
 def test_labels_belong_to_the_images(uned):
-    """The colour of the picture tells its class: red, green and blue in turn, classes 0 and 3 by how bright the red is."""
+    """Classes are red, green, blue and bright red."""
     images, labels = batches_of(uned)[11, "birds"]
     levels = images.float().mean((2, 3))
     for level, label in zip(levels, labels.tolist()):
@@ -213,7 +70,7 @@ def test_a_batch_repeats_an_image_only_when_it_must(tmp_path):
 
 
 def test_crops_and_flips_vary(uned):
-    """Every batch position gets its own crop and flip: a batch over one repeated picture is not one repeated picture."""
+    """Every position of a batch gets its own crop and flip, also of a repeated picture."""
     split = data.Benchmark(uned).split("birds", "train")
     one = data.Split(
         "birds", "train", split.labels[:1], paths=[split.paths[0]], folder=split.folder
@@ -221,11 +78,11 @@ def test_crops_and_flips_vary(uned):
     batches = data.TrainBatches({"birds": one}, SIZE, 64, SEED)
     images = batches[0, "birds"][0].numpy()
     whole = data.prepare_train(one.image(0), SIZE).transpose(2, 0, 1)
-    side = data.train_side(SIZE)
+    starts = range(data.train_side(SIZE) - SIZE + 1)
     crops = {
-        whole[:, t : t + SIZE, l : l + SIZE][:, :, ::step].tobytes()
-        for t in range(side - SIZE + 1)
-        for l in range(side - SIZE + 1)
+        whole[:, top : top + SIZE, left : left + SIZE][:, :, ::step].tobytes()
+        for top in starts
+        for left in starts
         for step in (1, -1)
     }
     seen = {image.tobytes() for image in images}
@@ -237,7 +94,7 @@ def test_crops_and_flips_vary(uned):
 @settings(deadline=None, max_examples=15)
 @given(least=st.floats(0.05, 1.0), step=st.integers(0, 1000))
 def test_resized_crops_keep_their_share(least, step):
-    """A picture whose red grows to the right and green downwards: the ends of a crop tell which part of it was kept."""
+    """Red grows to the right, green downwards: the edges of a crop tell which part was kept."""
     size, side = 96, data.train_side(96)
     ramp = np.linspace(0, 255, side)
     whole = (
@@ -338,44 +195,7 @@ def test_loaded_takes_a_plan_when_the_last_one_is_used(uned):
     assert used == [0, 10, 1, 11, 2, 12]
 
 
-# Bad input: one sentence that names it ---------------------------------------------------------------------------------------
-
-
-def spoil(root, edit):
-    file = root / "info_files" / "birds" / "train.json"
-    entries = json.loads(file.read_text())
-    result = edit(entries)
-    file.write_text(
-        result if isinstance(result, str) else json.dumps(entries if result is None else result)
-    )
-
-
-BAD_MANIFESTS = {
-    "not JSON": (lambda e: "[{", "not JSON"),
-    "nested without end": (lambda e: "[" * 100_000, "not JSON"),
-    "empty": (lambda e: [], "no list of images"),
-    "an object": (lambda e: {"a": 1}, "no list of images"),
-    "no path": (lambda e: e.__setitem__(2, {"class_id": 1}), "entry 2"),
-    "a number for a path": (lambda e: e[2].update(path=5), "entry 2"),
-    "no class": (lambda e: e.__setitem__(4, {"path": "a.png"}), "entry 4"),
-    "a class in words": (lambda e: e[4].update(class_id="cat"), "cat"),
-    "a negative class": (lambda e: e[4].update(class_id=-1), "-1"),
-    "true for a class": (lambda e: e[4].update(class_id=True), "True"),
-    "a list in training": (lambda e: e[4].update(class_id=[1, 2]), "[1, 2]"),
-    "an empty list": (lambda e: e[4].update(class_id=[]), "entry 4"),
-    "a string for an entry": (lambda e: e.__setitem__(1, "x"), "entry 1"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_MANIFESTS)
-def test_bad_manifest(tmp_path, name):
-    edit, named = BAD_MANIFESTS[name]
-    root = write_uned(tmp_path)
-    spoil(root, edit)
-    with pytest.raises(data.InputError) as error:
-        data.Benchmark(root).split("birds", "train")
-    message = str(error.value)
-    assert named in message and "train.json" in message and "\n" not in message, message
+# Bad images ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("contents", [b"", b"no image", None, "half"])
@@ -402,25 +222,138 @@ def test_bad_image_is_named_by_a_worker(tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda p: p / "missing", lambda p: p / "file", lambda p: p / "empty"]
-)
-def test_bad_folder(tmp_path, make):
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(data.InputError, match=make(tmp_path).name):
-        data.Benchmark(make(tmp_path))
-
-
-def test_too_few_classes_for_three_splits(tmp_path):
-    for label in "ab":
-        (tmp_path / "domain" / label).mkdir(parents=True)
-    with pytest.raises(data.InputError, match="2 class folders"):
-        data.Benchmark(tmp_path).split("domain", "train")
-
-
 def test_unknown_domain_and_split():
     with pytest.raises(data.InputError, match="'whales'"):
         data.Benchmark().split("whales", "train")
     with pytest.raises(data.InputError, match="'index'"):
         data.Benchmark().split("shape", "index")
+
+
+def write_large(root, bad=()):
+    """A domain with 200 training images, some of them bad: {number: contents, None for missing}."""
+    write_uned(root, domains=("birds",), classes=4, images=50)
+    files = sorted((root / "images" / "birds" / "train").iterdir())
+    for number, contents in dict(bad).items():
+        files[number].unlink()
+        if contents is not None:
+            files[number].write_bytes(contents)
+    return [str(file) for file in files]
+
+
+def skipping(root, **options):
+    benchmark = data.Benchmark(root, on_bad_image="skip")
+    splits = {"birds": benchmark.split("birds", "train")}
+    return benchmark, data.TrainBatches(splits, SIZE, 64, SEED, **options)
+
+
+def test_skipped_training_images_are_replaced(tmp_path, monkeypatch):
+    """The batches are the same in memory, decoded as needed, and from any number of workers."""
+    files = write_large(tmp_path, {11: b"no image", 40: None})
+    benchmark, batches = skipping(tmp_path)
+    assert len(batches.splits["birds"]) == 199
+    assert set(benchmark.skipped()) == {files[11], files[40]}
+    keys = [(step, "birds") for step in range(20)]
+    expected = [batches[key] for key in keys]
+    assert all(images.amax((1, 2, 3)).min() > 0 for images, _ in expected), "a bad image is shown"
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
+    for workers in (0, 2):
+        benchmark, batches = skipping(tmp_path)
+        assert set(benchmark.skipped()) == {files[40]}
+        for (_, batch), wanted in zip(data.loaded(batches, [keys], workers), expected):
+            assert same(batch, wanted)
+        assert set(benchmark.skipped()) == {files[11], files[40]}
+        assert "cannot be read" in benchmark.skipped()[files[11]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_more_than_one_percent_cannot_be_skipped(tmp_path, monkeypatch, in_memory, workers):
+    write_large(tmp_path, dict.fromkeys((3, 5, 7), b"no image"))
+    if not in_memory:
+        monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
+    with pytest.raises(data.InputError, match="3 of 200 images of domain birds, split train"):
+        _, batches = skipping(tmp_path)
+        list(data.loaded(batches, [[(step, "birds") for step in range(20)]], workers))
+
+
+def test_too_many_missing_files_cannot_be_skipped(tmp_path):
+    write_large(tmp_path, dict.fromkeys((3, 5, 7)))
+    with pytest.raises(data.InputError, match="3 of 200 images of domain birds, .* does not exist"):
+        data.Benchmark(tmp_path, on_bad_image="skip").split("birds", "train")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_skipped_test_images_are_left_out(tmp_path, keep):
+    files = write_large(tmp_path, {11: b"no image", 40: None})
+    benchmark = data.Benchmark(tmp_path, on_bad_image="skip")
+    images = data.TestImages(benchmark.split("birds", "train"), SIZE, keep=keep)
+    batches = list(images.batches(64, 2))
+    assert [len(batch) for batch in batches] == [64, 64, 64, 7]
+    rows = images.usable_rows()
+    usable = images.split.select(rows)
+    assert len(usable) == 198 and set(benchmark.skipped()) == {files[11], files[40]}
+    assert torch.equal(torch.cat(batches)[rows], data.TestImages(usable, SIZE)[:])
+    assert (usable.labels == images.split.labels[rows]).all()
+
+
+# python data.py check -----------------------------------------------------------------------------
+
+
+def run_check(capsys, *arguments):
+    with pytest.raises(SystemExit) as status:
+        data.main(["check", *map(str, arguments)])
+    return status.value.code, *capsys.readouterr()
+
+
+def test_check_of_good_data(uned, class_folders, capsys, tmp_path):
+    for root in (uned, class_folders):
+        status, out, _ = run_check(capsys, root, "--json", tmp_path / "report.json")
+        assert status == 0 and out.endswith("0 problems\n"), out
+    report = json.loads((tmp_path / "report.json").read_text())
+    row = {"images": 16, "classes": 4, "classes_of_one_image": 0}
+    assert report["domains"]["tools"]["train"] == row
+
+
+def test_check_lists_everything(class_folders, capsys, tmp_path, monkeypatch):
+    root = tmp_path / "data"
+    shutil.copytree(class_folders, root)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
+    files = sorted((root / "plants").glob("*/*.jpg"))
+    files[0].write_bytes(b"no image")
+    files[5].write_bytes(files[5].read_bytes()[:-60])
+    Image.new("RGB", (200, 100)).save(files[10])
+    shutil.copyfile(files[15], files[20])
+    for name in ("a.heic", "b.heic", "Thumbs.db"):
+        (files[0].parent / name).write_bytes(b"x")
+    status, out, _ = run_check(capsys, root, "--json", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert status == 1 and out.endswith("3 problems\n")
+    for file in (files[0], files[5], files[10]):
+        assert sum(str(file) in problem for problem in report["problems"]) == 1
+        assert out.count(str(file)) == 1
+    assert [set(group) for group in report["copies"]] == [{str(files[15]), str(files[20])}]
+    assert len(report["ignored"]) == 3 and all(f"ignored: {x}" in out for x in report["ignored"])
+    assert any("ignored 2 .heic, 1 .db" in note for note in report["notes"])
+
+
+def test_check_of_manifests(tmp_path, capsys):
+    root = write_uned(tmp_path / "data")
+    (root / "info_files" / "cars" / "val.json").write_text("[")
+    file = root / "info_files" / "birds" / "train.json"
+    entries = json.loads(file.read_text())
+    contradictions = [{**entry, "class_id": 77} for entry in entries[:3]]
+    file.write_text(json.dumps([*entries, *contradictions, {"path": "no.png", "class_id": 0}]))
+    test = root / "info_files" / "birds" / "test.json"
+    test.write_text(json.dumps(json.loads(test.read_text()) + entries[:4]))
+    status, out, _ = run_check(capsys, root)
+    assert status == 1 and out.endswith("5 problems\n"), out
+    assert out.count("has the labels") == 3 and "no.png does not exist" in out
+    assert "val.json is not JSON" in out and "4 files are shared by birds/train, birds/test" in out
+
+
+@pytest.mark.parametrize("arguments", [["missing"], ["data", "--json", "no/such/file"], []])
+def test_usage_mistakes_of_check(tmp_path, capsys, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    write_uned(tmp_path / "data", images=1)
+    status, _, error = run_check(capsys, *arguments)
+    assert status == 2 and error.startswith("data.py") and error.count("\n") == 1, error
