@@ -27,6 +27,8 @@ from model import UDON, ViT
 
 VERSION = 2
 BLOCK = 2**20  # bytes, read at a time
+# What a file that no run has written can raise where its contents are used.
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 
 class CheckpointError(ValueError):
@@ -110,9 +112,7 @@ def load(path: str | os.PathLike, device: str = "cpu") -> tuple[UDON, dict]:
             raise ValueError("the description does not fit the tensors")
         model = build(contents["architecture"])
         model.load_state_dict(contents["model"])
-    except MemoryError:
-        raise
-    except Exception as error:  # a file made by hand can hold anything
+    except MALFORMED as error:
         raise CheckpointError(
             f"checkpoint {path} is incomplete ({summary(error)}): give a best.pt or last.pt as a "
             "run wrote it"
@@ -188,7 +188,8 @@ def read(path) -> dict:
             f"checkpoint {path} was written by an older version of this project: train again, or "
             "evaluate it with that version"
         )
-    if not whole or not isinstance(contents, dict) or contents.get("version") != VERSION:
+    version = contents.get("version") if isinstance(contents, dict) else None
+    if not whole or not isinstance(version, int) or version != VERSION:
         raise CheckpointError(
             f"file {path} is not a checkpoint of this version, or it is damaged: give a best.pt or "
             "last.pt as a run wrote it"

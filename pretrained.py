@@ -150,7 +150,7 @@ def load(
             warnings.warn(f"{path}: {note}", stacklevel=2)
         vit.set_family(family.activation, family.norm_eps, family.pre_norm)
     except ValueError as error:  # WeightsError, or the ViT's own
-        raise WeightsError(f"{path}: {error}") from None
+        raise WeightsError(_message(path, error)) from None
     vit.load_state_dict(weights)
     return family.preprocessing
 
@@ -573,6 +573,11 @@ def _fit(vit: nn.Module, weights: dict[str, Tensor], family: Family) -> list[str
     return [f"position table resized from {grid} x {grid} to {new_grid} x {new_grid}"]
 
 
+def _message(path: Path, error: ValueError) -> str:
+    """One printable line: keys and names in a damaged file can have any characters."""
+    return f"{path}: " + "".join(c if c.isprintable() else "?" for c in str(error))
+
+
 def _some(keys: Iterable[str]) -> str:
     keys = list(keys)
     return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
@@ -601,7 +606,7 @@ def _extract(source: Path, target: Path) -> None:
         weights = {key: value.half() for key, value in checkpoint.weights.items()}
         _check_tensors(weights)
     except WeightsError as error:
-        raise WeightsError(f"{source}: {error}") from None
+        raise WeightsError(_message(source, error)) from None
     if target.is_dir() or not target.parent.is_dir():
         raise WeightsError(f"{target} cannot be written: give a file in an existing folder")
     content = {

@@ -234,7 +234,7 @@ def load_last(out: Path) -> tuple[UDON, dict]:
         )
     try:
         check_state(last)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except checkpoint.MALFORMED as error:
         raise RunError(
             f"{out / 'last.pt'} holds no state of a run ({checkpoint.summary(error)}): restore the "
             "run's own last.pt, or start a new run"
@@ -254,12 +254,13 @@ def load_last(out: Path) -> tuple[UDON, dict]:
 
 
 def check_state(last):
-    """Raises KeyError, TypeError, ValueError or AttributeError for values that no run writes. The
-    states of optimizer and sampler are checked by their own classes."""
+    """Raises an error for values that no run writes; the states of optimizer and sampler are
+    checked later, where these are known."""
     numbers = [last["best"][name] for name in ("step", "recall_at_1", "mmp_at_5")]
     tables = [last["backbone"]["mean"], *last["backbone"]["domains"].values()]
     numbers += [row[name] for row in tables for name in ("recall_at_1", "mmp_at_5")]
-    steps = [last["metrics"]["bytes"], last["best"]["step"], last["validated"] or 0]
+    steps = [last["metrics"]["bytes"], last["best"]["step"]]
+    steps += [] if last["validated"] is None else [last["validated"]]
     if not all(type(step) is int and step >= 0 for step in steps):
         raise ValueError("a step or a size is no whole number")
     if not all(map(math.isfinite, numbers)) or not isinstance(last["metrics"]["sha256"], str):

@@ -320,12 +320,13 @@ class Run:
     def restore(self, state: dict) -> None:
         """Continues from the contents of last.pt. Raises RunError for a state of another model."""
         try:
+            check_optimizer_state(self.optimizer, state["optimizer"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.sampler.load_state_dict(state["sampler"])
             self.step, self.validated = state["step"], state["validated"]
             self.best, self.backbone = state["best"], state["backbone"]
             self.identity = state["run"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except checkpoint.MALFORMED as error:
             raise rundir.RunError(
                 f"{self.out / 'last.pt'} holds no state of this run ({checkpoint.summary(error)}): "
                 "restore the run's own last.pt, or start a new run"
@@ -443,6 +444,25 @@ def build_optimizer(model: UDON, config: Config) -> torch.optim.AdamW:
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Raises an error unless `state` is of an optimizer with the same parameters and settings:
+    load_state_dict checks neither, and AdamW's kernel does not check the sizes of its moments."""
+    for group, saved in zip(optimizer.state_dict()["param_groups"], state["param_groups"]):
+        if group | {"lr": None} != saved | {"lr": None}:
+            raise ValueError("the settings of the optimizer are others")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, moments in state["state"].items():
+        parameter, step = parameters[index], moments["step"]
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = moments[name]
+            if moment.shape != parameter.shape or moment.dtype != parameter.dtype:
+                raise ValueError(f"{name} of parameter {index} is of another shape or type")
+            if moment.layout != torch.strided or not moment.isfinite().all():
+                raise ValueError(f"{name} of parameter {index} is not finite")
+        if step.shape != () or step.dtype != torch.float32 or not 0 <= step.item() <= 2**53:
+            raise ValueError(f"the number of steps of parameter {index} is no number")
 
 
 def build_run(config: Config, splits: dict[str, data.Split], state=None) -> Run:

@@ -269,7 +269,7 @@ def rewritten_checkpoints(work):
     """Contents: what is loaded must be usable."""
     small_checkpoint(work)
     _, contents = checkpoint.load(work / "small.pt")
-    contents, odd = json_like(contents), ODD + odd_tensors()
+    contents, odd = plain(contents), ODD + odd_tensors()
     pixels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
 
     def attempt(rng):
@@ -282,11 +282,9 @@ def rewritten_checkpoints(work):
     return attempt
 
 
-def json_like(tree):
-    """A copy with plain dictionaries, and lists instead of tuples."""
-    if isinstance(tree, dict):
-        return {key: json_like(value) for key, value in tree.items()}
-    return list(map(json_like, tree)) if isinstance(tree, (list, tuple)) else tree
+def plain(tree):
+    """A copy with plain dictionaries."""
+    return {key: plain(x) for key, x in tree.items()} if isinstance(tree, dict) else tree
 
 
 def odd_tensors():
@@ -390,10 +388,10 @@ def equal(first, second):
 def options(work):
     """Values given to Config."""
     sources = [config.Config()] + [config.Config(preset=name) for name in config.PRESETS]
-    sources = [dataclasses.asdict(source) for source in sources]
+    sources = [json.loads(json.dumps(dataclasses.asdict(source))) for source in sources]
 
     def attempt(rng):
-        values = json_like(rng.choice(sources))
+        values = rng.choice(sources)
         for _ in range(rng.choice((1, 1, 2))):
             values = mutated_tree(rng, values)
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
@@ -444,7 +442,7 @@ def run_directories(work):
     """Files of a run's directory that is resumed, up to the first step."""
     udon.fit = first_step
     source, out = work / "half", work / "resumed"
-    last, odd = json_like(torch.load(source / "last.pt", weights_only=True)), ODD + odd_tensors()
+    last, odd = plain(torch.load(source / "last.pt", weights_only=True)), ODD + odd_tensors()
     settings = json.loads((source / "config.json").read_text())
 
     def attempt(rng):
