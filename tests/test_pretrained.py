@@ -1119,6 +1119,7 @@ def bad_contents(folder):
         "tensor": torch.ones(3),
         "list": [torch.ones(3)],
         "number": 3,
+        "keys with control characters": {f"\x1b[2J\n{key}": v for key, v in tensors.items()},
         "no keys": {},
         "no tensors": {"state_dict": {"epoch": 3}},
         "keys that are numbers": {0: torch.ones(3), 1: torch.ones(3)},
