@@ -190,8 +190,8 @@ def joined(parts: dict[str, Embeddings]) -> Embeddings:
 def table(systems: dict[str, dict]) -> str:
     """The results of one or several systems on the same queries, in %, with their definitions."""
     first = next(iter(systems.values()))
-    lines = [f"{'':34}" + "".join(f"{name:>18}" for name in systems)] if len(systems) > 1 else []
-    heading = f"{'domain':16}{'queries':>9}{'index':>9}" + f"{'R@1':>10}{'mMP@5':>8}" * len(systems)
+    lines = [f"{'':34}" + "".join(f"{name:>16}" for name in systems)] if len(systems) > 1 else []
+    heading = f"{'domain':16}{'queries':>9}{'index':>9}" + f"{'R@1':>9}{'mMP@5':>7}" * len(systems)
     lines.append(heading)
     for domain, row in first["domains"].items():
         cells = "".join(percentages(results["domains"][domain]) for results in systems.values())
@@ -201,7 +201,7 @@ def table(systems: dict[str, dict]) -> str:
 
 
 def percentages(row) -> str:
-    return f"{100 * row['recall_at_1']:10.2f}{100 * row['mmp_at_5']:8.2f}"
+    return f"{100 * row['recall_at_1']:9.2f}{100 * row['mmp_at_5']:7.2f}"
 
 
 def find_device(name: str) -> str:
