@@ -42,7 +42,7 @@ SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 # A JPEG decoded at 1/2, 1/4 or 1/8 keeps at least this multiple of the resolution needed.
 REDUCED_MARGIN = 9 / 8
-# A longer image, relative to its short side, is cropped before it is resized.
+# An image that is longer, in multiples of its short side, is cropped before it is resized.
 LONGEST = 16
 BILINEAR = Image.Resampling.BILINEAR
 
@@ -87,9 +87,9 @@ def open_reduced(
 ) -> tuple[Image.Image, tuple[float, float, float, float] | None]:
     """Opens an image of which `short_side` pixels of the shorter side are needed -> image, box.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the shorter side keeps 9/8 of that. Its
-    size need not be a multiple of this, so `box` is the part (left, upper, right, lower) of the
-    image that the picture covers, in pixels; None for all of it. Raises as open_image does.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the shorter side keeps 9/8 of that.
+    `box` is the part (left, upper, right, lower) of the image that the picture then covers, not
+    always in whole pixels; None for an image at full scale. Raises as open_image does.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would block
@@ -119,7 +119,7 @@ def _decoded(path, short_side):
         if short_side is not None:
             least = int(np.ceil(REDUCED_MARGIN * short_side))
             drafted = image.draft(None, (least, least))  # None for formats other than JPEG
-            box = drafted[1] if drafted is not None and image.size != drafted[1][2:] else None
+            box = drafted[1] if drafted is not None and image.decoderconfig[0] > 1 else None
         image.load()
         return _upright(_rgb(image, path), _orientation(image), box)
 
@@ -250,13 +250,16 @@ def prepare_train(image: Image.Image, size: int, antialias: bool = True, box=Non
 
 def prepare_test(image: Image.Image, size: int, antialias: bool = True, box=None) -> np.ndarray:
     """(size, size, 3) uint8: the short side resized to `size`, then the centre. Memory follows
-    `size`, whatever the aspect ratio. box: the part that the picture covers, see open_reduced."""
+    `size`, whatever the aspect ratio. box: the part that the picture covers, see open_reduced.
+
+    Pillow rounds the corners of a box to single precision, which changes some pixels by one level:
+    images at full scale are resized as a whole before they are cropped, unless they are thin."""
     left, upper, right, lower = box or (0, 0, *image.size)
     sides = right - left, lower - upper
     width, height = (max(size, int(side * size / min(sides))) for side in sides)
     x, y = (width - size) // 2, (height - size) // 2  # of the crop in the resized image
-    if max(width, height) <= LONGEST * size:
-        return resize(image, width, height, antialias, box)[y : y + size, x : x + size]
+    if box is None and max(width, height) <= LONGEST * size:
+        return resize(image, width, height, antialias)[y : y + size, x : x + size]
     step_x, step_y = sides[0] / width, sides[1] / height
     crop = (left + x * step_x, upper + y * step_y)
     crop += (min(right, crop[0] + size * step_x), min(lower, crop[1] + size * step_y))
