@@ -26,6 +26,7 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -533,8 +534,7 @@ class TrainBatches(Dataset):
     def __getitem__(self, key: tuple[int, str]) -> tuple[torch.Tensor, torch.Tensor]:
         step, domain = key
         split, batch = self.splits[domain], self.batch_size
-        rng = np.random.default_rng((self.seed, step))
-        rows = rng.choice(len(split), batch, replace=len(split) < batch)
+        rng, rows = self._rows(step, domain)
         boxes = zip(*self._boxes(rng))
         flips = rng.random(batch) < 0.5
         images = np.empty((batch, 3, self.size, self.size), dtype=np.uint8)
@@ -544,6 +544,17 @@ class TrainBatches(Dataset):
             crop = self._crop(whole, *box)
             images[position] = crop[:, :, ::-1] if flip else crop
         return torch.from_numpy(images), torch.from_numpy(split.classes[rows])
+
+    def _rows(self, step, domain):
+        """-> the generator of a batch, and the rows (B,) it draws."""
+        rng, count = np.random.default_rng((self.seed, step)), len(self.splits[domain])
+        return rng, rng.choice(count, self.batch_size, replace=count < self.batch_size)
+
+    def files(self, step: int, domain: str) -> list[str]:
+        """What a batch consists of: paths, or "train row 7" for images in memory."""
+        split, positions = self.splits[domain], enumerate(self._rows(step, domain)[1])
+        rows = [self._usable(domain, row, (self.seed, step, i))[0] for i, row in positions]
+        return [f"{split.name} row {i}" if split.paths is None else split.path(i) for i in rows]
 
 
 class TestImages(Dataset):
@@ -628,16 +639,44 @@ def loaded(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_signals,
     )
     for plan in plans:
         keys[:] = plan
-        for (item, bad_rows), key in zip(loader, plan):
+        for (item, bad_rows), key in zip(_guarded(loader), plan):
             for domain, found in bad_rows.items():
                 for row, reason in found:
                     dataset.splits[domain].skip(row, InputError(reason))
             if isinstance(item, InputError):
                 raise item
             yield key, item
+
+
+def _ignore_signals(worker):
+    """Ctrl-C and batch systems signal all processes; the main one ends the others."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+WORKER_ENDED = (
+    "a process that loads images has ended unexpectedly, perhaps for lack of memory: give fewer "
+    "--workers, and rerun with --resume"
+)
+
+
+def worker_has_ended(error: RuntimeError) -> bool:
+    """Whether an error says so; torch raises it wherever the program is."""
+    return str(error).startswith("DataLoader worker")
+
+
+def _guarded(loader):
+    """The items of a loader. Raises InputError if a worker process has ended."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not worker_has_ended(error):
+            raise
+        raise InputError(WORKER_ENDED) from None
 
 
 def stream(

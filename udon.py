@@ -199,11 +199,11 @@ LOSS_OPTIONS = (
 
 
 class NotFinite(data.InputError):
-    """A loss or gradient that is not finite, with what is known about its step."""
+    """A loss or gradient that is not finite; `about` is {"step", "domain", "term", "value"}."""
 
-    def __init__(self, message, about):
+    def __init__(self, message: str, about: dict):
         super().__init__(message)
-        self.about = about  # {"step", "domain", "term", "value"}
+        self.about = about
 
 
 def finite_values(run, domain, losses) -> Losses:
@@ -564,6 +564,7 @@ def train_one(config: Config, resume: bool, interruption: rundir.Interruption) -
     with contextlib.closing(metrics):
         run.save(metrics)
         write_config(config)
+        (run.out / "stopped.json").unlink(missing_ok=True)
         fit(run, batches, val_sets, metrics, interruption)
         return finish(run, test_sets, metrics)
 
@@ -589,7 +590,12 @@ def fit(run: Run, batches: data.TrainBatches, val_sets: dict, metrics, interrupt
         interruption.polled = True
         if run.step >= run.steps:
             break
-        domain, losses, seconds, waited = logged_step(run, stream, metrics)
+        try:
+            domain, losses, seconds, waited = logged_step(run, stream, metrics)
+        except NotFinite as error:
+            files = batches.files(run.step, error.about["domain"])
+            checkpoint.write_json(run.out / "stopped.json", error.about | {"files": files})
+            raise
         progress.add(domain, losses.total, seconds, waited)
         if interruption.requested or run.step % config.save_every == 0:
             run.save(metrics)
@@ -787,6 +793,8 @@ def main(arguments: list[str] | None = None) -> None:
             "--resume\n",
         )
     except (MemoryError, RuntimeError) as error:  # numpy's; torch's, which has no type on a CPU
+        if data.worker_has_ended(error):
+            parser.exit(2, f"udon.py: {data.WORKER_ENDED}\n")
         out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not out_of_memory and "allocate memory" not in str(error):
             raise

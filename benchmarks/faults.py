@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -246,6 +247,7 @@ def mutate(kind: str, numbers: range, work: Path, codes: mmap.mmap) -> None:
         raise Hang
 
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # torch's, of odd values in files made by hand
     signal.signal(signal.SIGALRM, stop)
     attempt = mutations.CASES[kind][1](work / "case")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
