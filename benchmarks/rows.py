@@ -10,6 +10,7 @@
 A variation or a setting is named after the row that it changes: udon-rr-scale-32 changes udon-rr.
 """
 
+import functools
 from typing import NamedTuple
 
 import config
@@ -162,9 +163,14 @@ TRIED = {
 
 def config_of(row: str, **defaults: object) -> Config:
     """The configuration of a row; `defaults` are options that the row does not set itself."""
-    options = ROWS[row].options.split()
-    given = vars(udon.command_line().parse_args(["train", *options]))
-    del given["command"], given["resume"]
+    given = parsed(ROWS[row].options)
     if ROWS[row].teachers:
-        given["teachers"] = ROWS[row].teachers
+        given = given | {"teachers": ROWS[row].teachers}
     return config.configuration(defaults | given, resume=False)
+
+
+@functools.cache
+def parsed(options: str) -> dict[str, object]:
+    """{name: value} of command-line options."""
+    given = vars(udon.command_line().parse_args(["train", *options.split()]))
+    return {name: value for name, value in given.items() if name not in ("command", "resume")}

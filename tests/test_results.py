@@ -1,0 +1,135 @@
+"""The numbers in results/README.md and README.md are those of the files in results/."""
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+import config
+import evaluate
+from benchmarks import ablation, procedural, rows, tables, topk
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+REPORT = (RESULTS / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def marked(name):
+    return REPORT.split(f"<!-- {name} -->\n")[1].split(f"<!-- end of {name} -->")[0]
+
+
+def missing(parts, text):
+    return [part for part in parts if part not in text]
+
+
+def recorded(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# results/README.md --------------------------------------------------------------------------------
+
+
+def test_tables_of_the_ablation():
+    pytest.importorskip("scipy")
+    results, times = tables.read(ablation.RESULTS), tables.read_times(ablation.TIMES)
+    assert marked("ablation") == tables.ablation_tables(results, times)
+
+
+def test_table_of_the_procedural_domains():
+    pytest.importorskip("scipy")
+    assert marked("procedural") == procedural.table(procedural.read(procedural.RESULTS))
+
+
+def test_table_of_retrieval():
+    assert marked("topk") == topk.table(topk.written(RESULTS / "topk.csv"))
+
+
+def test_figures_at_the_size_of_uned():
+    size = recorded(RESULTS / "uned_size.json")
+    figures = (
+        f"| {size['queries']:,} and {size['index']:,} |",
+        f"| {size['search_seconds']:.0f} s on {size['threads']} threads |",
+        f"| {size['beside_search_us_per_query']:.2f} µs per query |",
+        f"| {size['peak_memory_mb']:,} MB |",
+        f"| {size['machine']}; {size['date']} |",
+    )
+    assert not missing(figures, REPORT)
+
+
+def test_figures_of_a_training_step():
+    overhead = recorded(RESULTS / "step_overhead.json")
+    row = overhead["rows"]["udon-joint"]
+    figures = (
+        f"| {row['to_usc']:.3f} (median of {overhead['rounds']} interleaved rounds) |",
+        f"| {row['frozen_to_usc']:.3f} |",
+        f"| {overhead['machine']}; {overhead['date']} |",
+    )
+    assert not missing(figures, REPORT)
+
+
+# README.md ----------------------------------------------------------------------------------------
+
+
+def test_printed_table_is_that_of_seed_0():
+    results = {row: runs[0] for row, runs in procedural.read(procedural.RESULTS).items()}
+    order = ("udon", "udon-joint", "usc", "backbone")
+    lines = evaluate.table({row: results[row] for row in order}).splitlines()
+    last = next(number for number, line in enumerate(lines) if line.startswith("mean"))
+    assert "\n".join(lines[: last + 1]) in README
+
+
+def test_mean_and_standard_deviation_of_the_procedural_domains():
+    results = procedural.read(procedural.RESULTS)
+    figures = []
+    for row in ("udon", "udon-joint", "usc"):
+        values = [100 * run["mean"]["recall_at_1"] for run in results[row].values()]
+        spread = statistics.stdev(values)
+        figures.append(f"`{row}` {statistics.fmean(values):.1f} ± {spread:.1f}")
+    assert not missing(figures, " ".join(README.split()))
+
+
+def test_results_of_the_readme():
+    pytest.importorskip("scipy")
+    results = tables.read(ablation.RESULTS)
+    order = ("backbone", "usc", "ujc", "distill-8-joint", "udon", "udon-joint")
+    section = README.split("## Results")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")][2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in lines]
+    assert cells == [tables.metric_cells(results[row]) for row in order]
+
+
+# What was run is what the rows say ----------------------------------------------------------------
+
+# Options that were spelt differently, or set by the method, when the results were recorded.
+RESPELT = {"method", "weights", "init", "image_size", "beside", "teachers"}
+PLACES = {"data", "out", "workers", "device", "seed"}
+
+
+@pytest.mark.parametrize("row", sorted(set(rows.ROWS) - {"backbone"}))
+def test_recorded_configurations_are_those_of_the_rows(row):
+    options = dataclasses.asdict(rows.config_of(row))
+    files = sorted((ablation.RESULTS / row).glob("seed*.json"))
+    assert files
+    for file in files:
+        result = recorded(file)
+        assert result["row"] == row
+        assert result["seed"] == int(file.stem.removeprefix("seed"))
+        for name, value in result.get("config", {}).items():
+            if name not in RESPELT | PLACES:
+                assert json.loads(json.dumps(options[name])) == value, (file.name, name)
+
+
+def test_the_procedural_runs_had_the_defaults_of_now():
+    for seed in procedural.SEEDS:
+        for method in procedural.METHODS:
+            path = procedural.RESULTS / f"seed{seed}"
+            path = path if method == procedural.METHODS[0] else path / method
+            found = config.read(path)
+            default = config.Config(preset="mini", method=method, seed=seed)
+            changed = {
+                name for name in config.DEFAULTS if getattr(found, name) != getattr(default, name)
+            }
+            assert changed <= PLACES | {"compare"}, path
