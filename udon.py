@@ -795,8 +795,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (MemoryError, RuntimeError) as error:  # numpy's; torch's, which has no type on a CPU
         if data.worker_has_ended(error):
             parser.exit(2, f"udon.py: {data.WORKER_ENDED}\n")
+        texts = ("allocate memory", "size calculation overflowed")
         out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not out_of_memory and "allocate memory" not in str(error):
+        if not out_of_memory and not any(text in str(error) for text in texts):
             raise
         parser.exit(
             2,
@@ -811,7 +812,8 @@ def run_command(given: dict, resume: bool) -> None:
         out = Path(given["out"])
         rundir.check(out, resume)
         if not (out / "config.json").exists():  # deleted, or killed before it was written
-            write_config(Config(**checkpoint.read(out / "last.pt")["config"]))
+            saved = checkpoint.load(out / "last.pt")[1]["config"]
+            write_config(Config(**saved | {"out": str(out)}))
     train(options.configuration(given, resume), resume)
 
 
