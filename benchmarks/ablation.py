@@ -27,13 +27,11 @@ import data
 import udon
 from benchmarks import rows, tables
 from benchmarks.shared import positive
-from checkpoint import CheckpointError
 from evaluate import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, RUNS = ROOT / "results" / "ablation", ROOT / "runs" / "ablation"
 TIMES = ROOT / "results" / "step_times.json"
-USER_ERRORS = (data.InputError, CheckpointError)
 
 
 def call(*arguments: object, log: Path) -> None:
@@ -205,14 +203,14 @@ def run_all(grid: Grid, jobs: list[tuple[str, int]], parallel: int, program: str
         except BaseException as error:
             failures.append(error)
             # Reported at once, because the other job may take hours to end.
-            if len(failures) == 1 and isinstance(error, USER_ERRORS):
+            if len(failures) == 1 and isinstance(error, udon.USER_ERRORS):
                 print(f"{program}: {error}", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(parallel) as pool:
         for job in jobs:
             pool.submit(run, *job)
     if failures:
-        raise SystemExit(2) if isinstance(failures[0], USER_ERRORS) else failures[0]
+        raise SystemExit(2) if isinstance(failures[0], udon.USER_ERRORS) else failures[0]
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -291,7 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
             write_tables(options)
         else:
             train_rows(options, parser.prog)
-    except USER_ERRORS as error:
+    except udon.USER_ERRORS as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 

@@ -24,8 +24,7 @@ import evaluate
 import udon
 from benchmarks import rows
 from benchmarks.shared import machine, output, positive
-from checkpoint import CheckpointError, write_json
-from config import ConfigError
+from checkpoint import write_json
 from model import SIZES
 from sampler import DomainSampler
 
@@ -158,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
             "rows": measure(steppers, options.rounds),
         }
         write_json(options.out, result)
-    except (data.InputError, ConfigError, CheckpointError) as error:
+    except udon.USER_ERRORS as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     for row, times in result["rows"].items():
         print(
