@@ -115,6 +115,9 @@ def open_reduced(
 
 def _decoded(path, short_side):
     with Image.open(path, formats=tuple(FORMATS)) as image:
+        if image.format == "PNG":
+            with Image.open(path, formats=("PNG",)) as checked:
+                checked.verify()  # the checksums of the pixels, which load() does not read
         box = None
         if short_side is not None:
             least = int(np.ceil(REDUCED_MARGIN * short_side))
