@@ -89,7 +89,8 @@ def _rounded(exact, queries, rows):
     found = exact.round()
     doubtful = exact.sub_(found).abs_() > 0.5 - ONE * (2 * width + 16) * 2.0**-52
     places = doubtful.nonzero()
-    for query, row in (part.T for part in places.split(max(1, PAIR_BLOCK // width))):
+    parts = places.split(max(1, PAIR_BLOCK // width)) if len(places) else ()
+    for query, row in (part.T for part in parts):
         near = rows[query, row] if rows.ndim == 3 else rows[row]
         found[query, row] = scores(queries[query, None], near[:, None])[:, 0]
     return found
