@@ -1,0 +1,370 @@
+"""The state of a training run: built from options and data, saved, restored and described.
+
+    build_run(config, splits, state=None)   -> Run, new or as last.pt left it
+    build_model(config, classes)            -> model, architecture, preprocessing
+    build_optimizer(model, config)          -> AdamW, the backbone and the heads in two groups
+    FrozenTeachers(models)                  trained models as teachers of the method `distill`
+    learning_rates(run)                     of the backbone and the heads in the next step
+
+`udon.py` holds the method and the training loop. Copy with: all that it imports.
+"""
+
+import dataclasses
+import math
+import uuid
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import config as options
+import data
+import evaluate
+import pretrained
+import rundir
+from config import Config, ConfigError
+from model import SIZES, UDON
+from sampler import DomainSampler
+
+
+@dataclass
+class Run:
+    """A training run: what it was started with, and the state that each step changes."""
+
+    config: Config
+    model: UDON
+    architecture: dict  # arguments of checkpoint.build
+    preprocessing: dict  # {"mean": (3), "std": (3), "antialias": bool}
+    optimizer: torch.optim.Optimizer
+    sampler: DomainSampler
+    device: str
+    steps_per_epoch: int  # as in the paper: training images of all domains // batch size
+    teachers: Callable | None = None  # frozen ones, for the method `distill`
+    step: int = 0  # steps done
+    validated: int | None = None  # step of the last validation
+    best: dict = field(default_factory=lambda: {"step": 0, "recall_at_1": -1.0, "mmp_at_5": -1.0})
+    backbone: dict | None = None  # test results of the backbone as pre-trained
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def steps(self) -> int:
+        """Length of the run; 0 if nothing is trained."""
+        epochs = self.config.epochs
+        return self.config.steps or (epochs and max(1, int(epochs * self.steps_per_epoch)))
+
+    @property
+    def frozen_steps(self) -> int:
+        return int(self.config.frozen_epochs * self.steps_per_epoch)
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+    def contents(self) -> dict:
+        """What best.pt holds."""
+        return {
+            "model": self.model.state_dict(),
+            "architecture": self.architecture,
+            "preprocessing": self.preprocessing,
+            "step": self.step,
+            "embedding": self.config.embedding,
+            "index": self.config.index,
+            "config": dataclasses.asdict(self.config),
+            "run": self.identity,
+        }
+
+    def save(self, metrics: rundir.MetricsLog) -> None:
+        """Writes last.pt, from which the run can be resumed. Raises InputError, and keeps the
+        previous last.pt, if a weight is not finite."""
+        self.check_finite()
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "best": self.best,
+            "validated": self.validated,
+            "backbone": self.backbone,
+            "metrics": metrics.recorded(),
+        }
+        checkpoint.save(self.out / "last.pt", self.contents() | state)
+
+    def check_finite(self) -> None:
+        """Raises InputError if a weight is not finite."""
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise data.InputError(
+                    f"parameter {name} is not finite after step {self.step}: lower --backbone-lr "
+                    "or --head-lr; last.pt is the last good checkpoint"
+                )
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether the present step is one that is validated and has not been yet."""
+        last = self.step >= self.steps
+        due = self.step > 0 and self.step % (self.config.val_every or self.steps_per_epoch) == 0
+        return (due or last) and self.validated != self.step
+
+    def restore(self, state: dict) -> None:
+        """Continues from the contents of last.pt. Raises RunError for a state of another model."""
+        try:
+            check_optimizer_state(self.optimizer, state["optimizer"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.sampler.load_state_dict(state["sampler"])
+            self.step, self.validated = state["step"], state["validated"]
+            self.best, self.backbone = state["best"], state["backbone"]
+            self.identity = state["run"]
+        except checkpoint.MALFORMED as error:
+            raise rundir.RunError(
+                f"{self.out / 'last.pt'} holds no state of this run ({checkpoint.summary(error)}): "
+                "restore the run's own last.pt, or start a new run"
+            ) from None
+        if self.step > self.steps:
+            raise ConfigError(
+                f"--steps is {self.steps}, but the run {self.out} has done {self.step}: give that "
+                "or more"
+            )
+
+
+def learning_rates(run: Run) -> tuple[float, float]:
+    """(backbone, heads) of the next step, a function of its number alone."""
+    config, step = run.config, run.step
+    factor = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.schedule == "cosine":
+        factor *= 0.5 * (1 + math.cos(math.pi * step / run.steps))
+    return 0.0 if step < run.frozen_steps else factor * config.backbone_lr, factor * config.head_lr
+
+
+class NotFinite(data.InputError):
+    """A loss or gradient that is not finite; `about` is {"step", "domain", "term", "value"}."""
+
+    def __init__(self, message: str, about: dict):
+        super().__init__(message)
+        self.about = about
+
+
+def finite_numbers(run: Run, domain: str, losses: dict) -> dict[str, float | None]:
+    """The losses as numbers, read from the device at once. Raises NotFinite if one of them or the
+    norm of the gradient is not finite."""
+    computed = {name: loss.detach().float() for name, loss in losses.items() if loss is not None}
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    computed["gradient norm"] = torch.nn.utils.get_total_norm(gradients)
+    numbers = dict(zip(computed, torch.stack(list(computed.values())).tolist()))
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise NotFinite(
+                f"{name} is {value} at step {run.step}, domain {domain}: {likely_cause(run)}",
+                {"step": run.step, "domain": domain, "term": name, "value": str(value)},
+            )
+    return {name: numbers.get(name) for name in losses}
+
+
+def likely_cause(run) -> str:
+    """Which option to change after a loss that is not finite."""
+    config, limit = run.config, 1e30  # of float32, 3e38, with room for sums and squares
+    if config.scale > limit or config.relational_scale > limit:
+        return "lower --scale or --relational-scale"
+    if config.temperature < 1 / limit:
+        return "raise --temperature"
+    if config.weight_decay * max(config.head_lr, config.backbone_lr) > 1:
+        return "lower --weight-decay"
+    if run.step == 0 and config.init != "scratch":
+        return f"check the weights of --init {config.init} and the images of the domain"
+    return "lower --backbone-lr or --head-lr, and check the images of the domain"
+
+
+def build_model(config: Config, classes: dict[str, int]) -> tuple[UDON, dict, dict]:
+    """The initial model for {domain: number of classes}, a function of the configuration
+    -> model, architecture, preprocessing; the last two are part of every checkpoint."""
+    architecture = {
+        "backbone": {**SIZES[config.model], "image_size": config.image_size},
+        "classes": classes,
+        "student_dim": config.student_dim,
+        "teacher_dim": config.teacher_dim if config.trains_teachers else 0,
+        "head_layers": config.head_layers,
+    }
+    preprocessing = pretrained.HALF
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        torch.manual_seed(config.seed)
+        try:
+            model = checkpoint.build(architecture)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if config.init != "scratch":
+            preprocessing = pretrained.load(
+                model.backbone,
+                initial_weights(config),
+                activation=config.init_activation,
+                statistics=config.init_statistics,
+            )
+    for note in notes:
+        print(f"note: {note.message}")
+    architecture["backbone"] = model.backbone.architecture  # with what the weights' family sets
+    return model, architecture, {**preprocessing._asdict(), "antialias": config.antialias}
+
+
+def initial_weights(config) -> str | Path:
+    """The file that --init names."""
+    if config.init != "compact":
+        return config.init
+    if config.model not in pretrained.COMPACT:
+        raise ConfigError(
+            f"--init is compact with --model {config.model}: compact weights exist for "
+            f"{' and '.join(pretrained.COMPACT)}; give a file of public weights, or scratch"
+        )
+    return pretrained.COMPACT[config.model]
+
+
+class FrozenTeachers:
+    """Trained models as teachers: (images (B, 3, H, W), domain) -> embedding (B, T), unit rows, and
+    cosines (B, C), without gradient.
+
+    models  {domain: model.UDON}: its teacher of the domain, or its student where it has none
+    """
+
+    def __init__(self, models: dict[str, UDON]):
+        self.models = models
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, domain: str) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs = self.models[domain](images, domain)
+        if outputs.teacher is None:
+            return outputs.student, outputs.student_cosines
+        return outputs.teacher, outputs.teacher_cosines
+
+
+def load_teachers(config, classes, image_size, preprocessing, device) -> FrozenTeachers:
+    """The teachers of --teachers. Raises ConfigError for teachers of other classes or images."""
+    path, models = Path(config.teachers), {}
+    shared = None if path.is_dir() else checkpoint.load(path, device)
+    for domain, count in classes.items():
+        model, contents = shared or checkpoint.load(path / domain / "best.pt", device)
+        known = contents["architecture"]["classes"].get(domain)
+        if known != count:
+            raise ConfigError(
+                f"--teachers {path} know {known or 'no'} classes of domain {domain}, which has "
+                f"{count}: give teachers trained on the same data"
+            )
+        size = contents["architecture"]["backbone"]["image_size"]
+        if (size, contents["preprocessing"]) != (image_size, preprocessing):
+            raise ConfigError(
+                f"--teachers {path} take {size} pixels and {contents['preprocessing']}, the "
+                f"student {image_size} and {preprocessing}: train them with the same --image-size, "
+                "--init and --antialias"
+            )
+        models[domain] = model
+    return FrozenTeachers(models)
+
+
+def build_optimizer(model: UDON, config: Config) -> torch.optim.AdamW:
+    """AdamW with two groups, the backbone and the heads; every parameter is in exactly one."""
+    backbone = list(model.backbone.parameters())
+    heads = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
+    assert len(backbone) + len(heads) == len(set(model.parameters()))
+    return torch.optim.AdamW(
+        [{"params": backbone}, {"params": heads}],
+        lr=config.head_lr,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Raises an error unless `state` is of an optimizer with the same parameters and settings:
+    load_state_dict checks neither, and AdamW's kernel does not check the sizes of its moments."""
+    for group, saved in zip(optimizer.state_dict()["param_groups"], state["param_groups"]):
+        if group | {"lr": None} != saved | {"lr": None}:
+            raise ValueError("the settings of the optimizer are others")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, moments in state["state"].items():
+        parameter, step = parameters[index], moments["step"]
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = moments[name]
+            if moment.shape != parameter.shape or moment.dtype != parameter.dtype:
+                raise ValueError(f"{name} of parameter {index} is of another shape or type")
+            if moment.layout != torch.strided or not moment.isfinite().all():
+                raise ValueError(f"{name} of parameter {index} is not finite")
+        if step.shape != () or step.dtype != torch.float32 or not 0 <= step.item() <= 2**53:
+            raise ValueError(f"the number of steps of parameter {index} is no number")
+
+
+def build_run(config: Config, splits: dict[str, data.Split], state=None) -> Run:
+    """The run of a configuration; with `state`, (model, contents) of last.pt, where that stands."""
+    device = evaluate.find_device(config.device)
+    classes = {domain: split.num_classes for domain, split in splits.items()}
+    if state is None:
+        model, architecture, preprocessing = build_model(config, classes)
+    else:
+        model, contents = state
+        options.check_same(config, Config(**contents["config"]), f"{config.out}/last.pt")
+        architecture, preprocessing = contents["architecture"], contents["preprocessing"]
+        if architecture["classes"] != classes:
+            raise ConfigError(
+                f"--data {config.data} has the classes {classes}, the run {config.out} was started "
+                f"with {architecture['classes']}: give it the data that it was started with"
+            )
+    model.to(device)
+    sizes = {domain: len(split) for domain, split in splits.items()}
+    try:
+        sampler = DomainSampler(
+            splits, config.sampler, period=config.period, sizes=sizes, seed=config.seed
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    teachers = None
+    if config.teachers is not None:
+        size = architecture["backbone"]["image_size"]
+        teachers = load_teachers(config, classes, size, preprocessing, device)
+    optimizer = build_optimizer(model, config)
+    steps_per_epoch = max(1, sum(sizes.values()) // config.batch_size)
+    run = Run(
+        *(config, model, architecture, preprocessing, optimizer, sampler, device),
+        *(steps_per_epoch, teachers),
+    )
+    if state is not None:
+        run.restore(contents)
+    return run
+
+
+def describe(run, splits):
+    """Prints what is about to be trained: options, data and sizes."""
+    config, model = run.config, run.model
+    print(f"{config.method} on {config.data or 'the procedural domains'} into {config.out}")
+    for origin, values in options.origins(config).items():
+        changes = ", ".join(f"{name} {options.shown(value)}" for name, value in values.items())
+        print(f"  differs from the published setting by {origin}: {changes}")
+    if config.init == "scratch" and run.steps:
+        print(
+            "note: the backbone starts from random weights; the published setting starts from "
+            f"public ones (--init FILE); it is frozen for the first {run.frozen_steps:,} steps"
+        )
+    for domain, split in splits.items():
+        print(f"  {domain:16}{len(split):9,} training images of {split.num_classes:,} classes")
+    backbone = sum(p.numel() for p in model.backbone.parameters())
+    heads = sum(p.numel() for p in model.parameters()) - backbone
+    print(
+        f"parameters: backbone {backbone / 1e6:.2f} M, heads and classifiers {heads / 1e6:.2f} M "
+        f"({16 * heads / 1e6:,.0f} MB with gradients and AdamW's moments); an epoch has "
+        f"{run.steps_per_epoch:,} steps, the run {run.steps:,}"
+    )
+
+
+def inference_parameters(run) -> int:
+    """The number of parameters that the embedding needs."""
+    heads = {"student": [run.model.student_head], "teacher": [run.model.teacher_heads]}
+    parts = [run.model.backbone, *heads.get(run.config.embedding, [])]
+    return sum(parameter.numel() for part in parts for parameter in part.parameters())
+
+
+def spent(metrics, domains, batch_size) -> dict:
+    """Images of each domain, seconds of all steps and the sampler's weights."""
+    lines = metrics.values()
+    steps = [line for line in lines if "domain" in line]
+    images = {d: batch_size * sum(line["domain"] == d for line in steps) for d in domains}
+    seconds = {name: sum(line[name] for line in steps) for name in ("seconds", "cpu_seconds")}
+    weights = {x["step"]: x["sampler_weights"] for x in lines if "sampler_weights" in x}
+    return {"images": images, **seconds, "sampler_weights": weights}
