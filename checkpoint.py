@@ -133,8 +133,12 @@ def check_description(contents):
     for name, kind in KINDS.items():
         if not isinstance(contents[name], kind):
             raise TypeError(f"{name} is of type {type(contents[name]).__name__}")
-    if not 0 < contents["architecture"]["backbone"]["norm_eps"] < 1:
-        raise ValueError("norm_eps is not between 0 and 1")
+    backbone = contents["architecture"]["backbone"]
+    for name in ("image_size", "patch_size", "width", "depth", "heads"):
+        if type(backbone[name]) is not int or backbone[name] < 1:
+            raise ValueError(f"{name} of the backbone is no positive number")
+    if not 0 < backbone["norm_eps"] < 1:
+        raise ValueError("norm_eps of the backbone is not between 0 and 1")
     mean, std, antialias = (contents["preprocessing"][x] for x in ("mean", "std", "antialias"))
     if not (len(mean) == len(std) == 3 and all(map(math.isfinite, (*mean, *std))) and min(std) > 0):
         raise ValueError("mean and std of the images are not three finite numbers each")
