@@ -21,6 +21,7 @@ Copy with: images, procedural, torch, numpy, pillow.
 
 import argparse
 import collections
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -98,6 +99,54 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {printable(message)}; --help lists the options\n")
+
+    @contextlib.contextmanager
+    def sentences(
+        self,
+        errors: tuple[type[Exception], ...] = (),
+        memory: str = "use smaller images or fewer of them",
+        remedy: str = "fix this and try again",
+    ) -> Iterator[None]:
+        """A context for all that a command does. InputError and `errors`, files and outputs that
+        cannot be used, and a lack of memory end the process with one sentence on stderr and status
+        2. A reader of the output that has ended, as `head` does, and Ctrl-C end it quietly."""
+        if hasattr(sys.stdout, "reconfigure"):  # names of files may be undecodable
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            try:
+                yield
+            finally:
+                if sys.stdout:
+                    sys.stdout.flush()
+        except (InputError, *errors) as error:
+            self.exit(2, f"{self.prog}: {printable(str(error))}\n")
+        except BrokenPipeError:
+            discard_output()
+            sys.exit(128 + signal.SIGPIPE)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
+        except OSError as error:
+            discard_output()
+            place = printable(str(error.filename or "the output"))
+            reason = error.strerror or error
+            self.exit(2, f"{self.prog}: {place} cannot be used ({reason}): {remedy}\n")
+        except (MemoryError, RuntimeError) as error:  # numpy's; torch's, without a class on a CPU
+            if worker_has_ended(error):
+                self.exit(2, f"{self.prog}: {WORKER_ENDED}\n")
+            texts = ("allocate memory", "size calculation overflowed")
+            out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            if not out_of_memory and not any(text in str(error) for text in texts):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            self.exit(2, f"{self.prog}: out of memory ({reason}): {memory}\n")
+
+
+def discard_output() -> None:
+    """Lets the interpreter end without another error of an output that cannot be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def processors() -> int:
@@ -806,9 +855,8 @@ def main(arguments: list[str] | None = None) -> None:
     checker = commands.add_parser("check", help="opens every image", description=text)
     checker.add_argument("data", metavar="DIR", help="data directory, as for udon.py train --data")
     checker.add_argument("--json", metavar="FILE", help="write the complete report to this file")
-    options = parser.parse_args(arguments)
-    sys.stdout.reconfigure(errors="backslashreplace")
-    try:
+    with parser.sentences():
+        options = parser.parse_args(arguments)
         if options.json:
             open(options.json, "a").close()  # before the long work
         report = check(options.data)
@@ -816,16 +864,6 @@ def main(arguments: list[str] | None = None) -> None:
             Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
         for line in report_lines(report):
             print(printable(line))
-        sys.stdout.flush()
-    except InputError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except BrokenPipeError:  # the reader of a pipe has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        place = printable(str(error.filename or options.data))
-        parser.exit(2, f"{parser.prog}: {place} cannot be used ({error.strerror or error})\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\n")
     sys.exit(1 if report["problems"] else 0)
 
 

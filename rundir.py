@@ -205,8 +205,12 @@ class MetricsLog:
     def write(self, value: dict) -> None:
         line = json.dumps(value).encode() + b"\n"
         self.digest.update(line)
-        self.file.write(line)
-        self.file.flush()
+        try:
+            self.file.write(line)
+            self.file.flush()
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
 
     def recorded(self, size: int | None = None) -> dict:
         """What last.pt must know of the lines so far."""
