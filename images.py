@@ -174,7 +174,8 @@ def _grey(image, path):
         raise InputError(
             f"image {path} has pixels from {low} to {high} where 0 to {top} is allowed: rescale it"
         )
-    grey = np.rint(values * (255 / top)).astype(np.uint8)
+    grey = np.multiply(values, np.float32(255 / top), dtype=np.float32)  # large: little memory
+    grey = np.rint(grey, out=grey).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey[values == transparent] = 255
