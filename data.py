@@ -393,6 +393,7 @@ class Benchmark:
         has_other = self.manifests and (self.manifests / domain / f"{other}.json").exists()
         return other if has_other else name
 
+    @property
     def skipped(self) -> dict[str, str]:
         """{path: reason} of all files that the splits read so far skip."""
         return {path: why for split in self._splits.values() for path, why in split.skipped.items()}

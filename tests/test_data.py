@@ -251,18 +251,18 @@ def test_skipped_training_images_are_replaced(tmp_path, monkeypatch):
     files = write_large(tmp_path, {11: b"no image", 40: None})
     benchmark, batches = skipping(tmp_path)
     assert len(batches.splits["birds"]) == 199
-    assert set(benchmark.skipped()) == {files[11], files[40]}
+    assert set(benchmark.skipped) == {files[11], files[40]}
     keys = [(step, "birds") for step in range(20)]
     expected = [batches[key] for key in keys]
     assert all(images.amax((1, 2, 3)).min() > 0 for images, _ in expected), "a bad image is shown"
     monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
     for workers in (0, 2):
         benchmark, batches = skipping(tmp_path)
-        assert set(benchmark.skipped()) == {files[40]}
+        assert set(benchmark.skipped) == {files[40]}
         for (_, batch), wanted in zip(data.loaded(batches, [keys], workers), expected):
             assert same(batch, wanted)
-        assert set(benchmark.skipped()) == {files[11], files[40]}
-        assert "cannot be read" in benchmark.skipped()[files[11]]
+        assert set(benchmark.skipped) == {files[11], files[40]}
+        assert "cannot be read" in benchmark.skipped[files[11]]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -291,7 +291,7 @@ def test_skipped_test_images_are_left_out(tmp_path, keep):
     assert [len(batch) for batch in batches] == [64, 64, 64, 7]
     rows = images.usable_rows()
     usable = images.split.select(rows)
-    assert len(usable) == 198 and set(benchmark.skipped()) == {files[11], files[40]}
+    assert len(usable) == 198 and set(benchmark.skipped) == {files[11], files[40]}
     assert torch.equal(torch.cat(batches)[rows], data.TestImages(usable, SIZE)[:])
     assert (usable.labels == images.split.labels[rows]).all()
 
