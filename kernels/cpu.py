@@ -48,7 +48,7 @@ def topk(queries, index, k, exclude=None):
         return reference.topk(queries, index, k, exclude)
     keys = torch.empty(count, k, dtype=torch.int64)
     work = count * total * width
-    with _single_threaded() as threads, ThreadPoolExecutor(threads) as workers:
+    with _single_threaded() as threads, _workers(threads) as workers:
         threads = threads if work >= THREADED else 1
         spread = workers.map if threads > 1 else map
         onednn = ONEDNN is not None and work >= TIMED and _onednn_is_faster()
@@ -88,6 +88,11 @@ def _single_threaded():
             torch.set_num_threads(state[0])
             if not _inside:
                 product.fp32_precision = state[1]
+
+
+def _workers(threads):
+    """Another search may leave meanwhile and restore its threads: each worker sets its own."""
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
 
 @functools.cache
@@ -182,10 +187,12 @@ class _Search:
         whole = len(queries) * total <= WHOLE and self.fits
         if not whole and 2 * FANOUT * self.needed > total:
             return reference.topk(queries, self.index, self.k, exclude)
-        block = _Block(self, queries, total if whole else TILE * max(1, BLOCK // len(queries)))
         if whole:
+            block = _Block(self, queries, total)
             block.search_tile()
         else:
+            longest = max(TILE, PREPARED // queries.shape[1])
+            block = _Block(self, queries, min(longest, TILE * max(1, BLOCK // len(queries))))
             block.search_chunks()
         return block.ranked(queries, exclude)
 
