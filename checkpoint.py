@@ -210,9 +210,12 @@ def summary(error: BaseException) -> str:
 
 def write_json(path: str | os.PathLike, value: object) -> None:
     """Writes all of a JSON file or nothing. Raises CheckpointError where it cannot be written."""
-    partial = Path(f"{path}.partial")
+    text, partial = json.dumps(value, indent=1) + "\n", Path(f"{path}.partial")
     try:
-        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        if os.path.exists(path) and not os.path.isfile(path):  # a device, such as /dev/stdout
+            Path(path).write_text(text, encoding="utf-8")
+            return
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
