@@ -48,9 +48,9 @@ def topk(queries, index, k, exclude=None):
         return reference.topk(queries, index, k, exclude)
     keys = torch.empty(count, k, dtype=torch.int64)
     work = count * total * width
-    with _single_threaded() as threads, _workers(threads) as workers:
+    with _single_threaded() as threads, ThreadPoolExecutor(threads, "", _use_one_thread) as pool:
         threads = threads if work >= THREADED else 1
-        spread = workers.map if threads > 1 else map
+        spread = pool.map if threads > 1 else map
         onednn = ONEDNN is not None and work >= TIMED and _onednn_is_faster()
         search = _Search(queries, index, k, exclude, spread, threads, onednn)
         size = -(-count // (-(-count // (BLOCK * threads)) * threads))  # an equal share each
@@ -79,7 +79,7 @@ def _single_threaded():
         else:
             state = _inside[0]
         _inside.append(state)
-        torch.set_num_threads(1)
+        _use_one_thread()
     try:
         yield state[0]
     finally:
@@ -90,9 +90,11 @@ def _single_threaded():
                 product.fp32_precision = state[1]
 
 
-def _workers(threads):
-    """Another search may leave meanwhile and restore its threads: each worker sets its own."""
-    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+def _use_one_thread():
+    """In the calling Python thread, for good: a thread takes over torch's global number at its
+    first operation, and another search may restore that number at any time."""
+    torch.get_num_threads()  # takes over the global number
+    torch.set_num_threads(1)
 
 
 @functools.cache
