@@ -212,7 +212,8 @@ def write_json(path: str | os.PathLike, value: object) -> None:
     """Writes all of a JSON file or nothing. Raises CheckpointError where it cannot be written."""
     text, partial = json.dumps(value, indent=1) + "\n", Path(f"{path}.partial")
     try:
-        if os.path.exists(path) and not os.path.isfile(path):  # a device, such as /dev/stdout
+        is_device = os.path.exists(path) and not os.path.isfile(path)
+        if is_device or os.path.islink(path):  # /dev/stdout must not be replaced
             Path(path).write_text(text, encoding="utf-8")
             return
         partial.write_text(text, encoding="utf-8")
