@@ -16,7 +16,7 @@ UnED layout:    ROOT/info_files/<domain>/<split>.json, a list of {"path": relati
 Class folders:  ROOT/<domain>/<class>/**/*.jpg; the classes are divided about 60 / 10 / 30 into
                 train / val / test. Or ROOT/<domain>/<split>/<class>/**/*.jpg, or for one domain
                 ROOT/<split>/<class>/**/*.jpg, with splits train, val, test.
-Copy with: images, procedural, torch, numpy, pillow.
+Copy with: folders, images, procedural, torch, numpy, pillow.
 """
 
 import argparse
