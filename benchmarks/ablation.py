@@ -82,7 +82,8 @@ class Grid:
         if not row.startswith("specialists"):
             config = (directory / "config.json").read_text(encoding="utf-8")
             result["config"] = json.loads(config)
-            result["further"] = self.further(row, directory)
+            has_teachers = result["config"]["weights"][0] > 0
+            result["further"] = self.further(row, directory, has_teachers)
         result["version"] = version()
         result["machine"] = f"{platform.machine()}, {os.cpu_count()} CPUs, one thread per run"
         result["date"] = time.strftime("%Y-%m-%d")
@@ -133,12 +134,12 @@ class Grid:
             *("--val-every", max(1, length * whole.steps_per_epoch // count)),
         ]
 
-    def further(self, row: str, directory: Path) -> dict[str, dict]:
+    def further(self, row: str, directory: Path, has_teachers: bool) -> dict[str, dict]:
         """Results of a main row with other embeddings and indexes, {"<embedding>-<index>": ...}."""
         if rows.ROWS[row].seeds != rows.MAIN_SEEDS or row == "teachers":
             return {}
         pairs = [("student", "separate"), ("backbone", "merged")]
-        if rows.config_of(row).trains_teachers:
+        if has_teachers:
             pairs.append(("teacher", "separate"))
         results = {}
         for embedding, index in pairs:
@@ -284,13 +285,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not options.tables and not options.data:
         parser.error("--data is missing: give the directory that the rows are trained on")
-    try:
+    with parser.sentences(udon.USER_ERRORS):
         if options.tables:
             write_tables(options)
         else:
             train_rows(options, parser.prog)
-    except udon.USER_ERRORS as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

@@ -71,11 +71,9 @@ def command_line() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line()
     options = parser.parse_args(arguments)
-    try:
+    with parser.sentences():
         results = read(options.results)
         tables.write(options.table, "procedural", lambda: table(results))
-    except data.InputError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

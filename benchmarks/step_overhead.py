@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
         if getattr(options, name):
             overrides[name] = getattr(options, name)
     torch.manual_seed(0)
-    try:
+    with parser.sentences(udon.USER_ERRORS):
         device = evaluate.find_device(options.device)
         names = dict.fromkeys([rows.BASELINE, *options.rows])
         steppers = {row: stepper(row, device, overrides) for row in names}
@@ -157,8 +157,6 @@ def main(arguments: list[str] | None = None) -> None:
             "rows": measure(steppers, options.rounds),
         }
         write_json(options.out, result)
-    except udon.USER_ERRORS as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
     for row, times in result["rows"].items():
         print(
             f"{row:36}{times['ms']:10.2f} ms per 64 images, {times['to_usc']:.3f} of usc; with "
