@@ -264,6 +264,14 @@ class Split:
         paths = [os.path.realpath(self.path(i)) for i in range(len(self))]
         return np.array([hash(path) for path in paths], dtype=np.int64)
 
+    def digest(self) -> str:
+        """SHA-256 of the labels, which must be single, and of the paths or pixels."""
+        images = [self.pixels] if self.paths is None else [self.paths.bytes, self.paths.ends]
+        digest = hashlib.sha256()
+        for values in (self.labels, *images):
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()
+
     def select(self, rows: np.ndarray) -> "Split":
         """The split of these rows alone."""
         labels = self.labels

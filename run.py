@@ -42,6 +42,7 @@ class Run:
     sampler: DomainSampler
     device: str
     steps_per_epoch: int  # as in the paper: training images of all domains // batch size
+    digests: dict  # {domain: Split.digest() of its training images}
     teachers: Callable | None = None  # frozen ones, for the method `distill`
     step: int = 0  # steps done
     validated: int | None = None  # step of the last validation
@@ -87,6 +88,7 @@ class Run:
             "validated": self.validated,
             "backbone": self.backbone,
             "metrics": metrics.recorded(),
+            "digests": self.digests,
         }
         checkpoint.save(self.out / "last.pt", self.contents() | state)
 
@@ -296,16 +298,19 @@ def build_run(config: Config, splits: dict[str, data.Split], state=None) -> Run:
     """The run of a configuration; with `state`, (model, contents) of last.pt, where that stands."""
     device = evaluate.find_device(config.device)
     classes = {domain: split.num_classes for domain, split in splits.items()}
+    digests = {domain: split.digest() for domain, split in splits.items()}
     if state is None:
         model, architecture, preprocessing = build_model(config, classes)
     else:
         model, contents = state
         options.check_same(config, Config(**contents["config"]), f"{config.out}/last.pt")
         architecture, preprocessing = contents["architecture"], contents["preprocessing"]
-        if architecture["classes"] != classes:
+        changed = [name for name in splits if contents["digests"].get(name) != digests[name]]
+        if changed or architecture["classes"] != classes:
             raise ConfigError(
-                f"--data {config.data} has the classes {classes}, the run {config.out} was started "
-                f"with {architecture['classes']}: give it the data that it was started with"
+                f"--data {config.data} has other training images than the run {config.out} was "
+                f"started with (in {', '.join(changed) or 'its domains'}): give it that data, or "
+                "start a new run"
             )
     model.to(device)
     sizes = {domain: len(split) for domain, split in splits.items()}
@@ -323,7 +328,7 @@ def build_run(config: Config, splits: dict[str, data.Split], state=None) -> Run:
     steps_per_epoch = max(1, sum(sizes.values()) // config.batch_size)
     run = Run(
         *(config, model, architecture, preprocessing, optimizer, sampler, device),
-        *(steps_per_epoch, teachers),
+        *(steps_per_epoch, digests, teachers),
     )
     if state is not None:
         run.restore(contents)

@@ -269,3 +269,5 @@ def check_state(last):
         raise ValueError("a step or a size is no whole number")
     if not all(map(math.isfinite, numbers)) or not isinstance(last["metrics"]["sha256"], str):
         raise ValueError("a metric is no finite number")
+    if not isinstance(last["digests"], dict):
+        raise TypeError("the digests of the data are of another type")

@@ -455,7 +455,7 @@ def run_directories(work):
             file.write_bytes(mutated_json(rng, settings))
         elif kind == "state":
             names = ("optimizer", "sampler", "best", "validated", "backbone", "metrics", "step")
-            name = rng.choice((*names, "run", "config"))
+            name = rng.choice((*names, "run", "config", "digests"))
             checkpoint.save(file, {**last, name: mutated_tree(rng, last[name], odd)})
         elif kind == "metrics.jsonl" and rng.random() < 0.5:
             file.write_bytes(mutated_lines(rng, before))

@@ -251,6 +251,20 @@ def test_configuration_is_restored_from_last_pt(copied):
     assert json.loads((copied / "config.json").read_text()) == before | {"out": str(copied)}
 
 
+def test_other_training_images_are_named(copied, uned, tmp_path, capsys):
+    root = Path(shutil.copytree(uned, tmp_path / "data"))
+    train("--out", copied, "--resume", "--data", root)  # the same images in another place
+    manifest = root / "info_files" / "birds" / "train.json"
+    entries = json.loads(manifest.read_text())
+    entries[0]["class_id"], entries[-1]["class_id"] = (
+        entries[-1]["class_id"],
+        entries[0]["class_id"],
+    )
+    manifest.write_text(json.dumps(entries))
+    sentence = refusal(capsys, "--out", copied, "--resume", "--data", root)
+    assert "other training images" in sentence and "birds" in sentence
+
+
 @pytest.mark.parametrize("name", ["last.pt", "best.pt"])
 def test_flipped_bit_in_a_checkpoint_is_found(copied, capsys, name):
     raw = bytearray((copied / name).read_bytes())
@@ -312,6 +326,24 @@ def test_interrupted_run_prints_how_to_resume_it(
     udon.main(shlex.split(command))
     assert difference(finished, tmp_path / "a run") == ""
     assert {path.name for path in (tmp_path / "a run").iterdir()} == set(rundir.FILES)
+
+
+def test_interrupted_comparison_is_resumed_as_a_whole(options, tmp_path, monkeypatch, capsys):
+    out, validate = tmp_path / "run", udon.validate
+
+    def interrupt_usc(run, *arguments):
+        if run.config.method == "usc":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(run, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(udon, "validate", interrupt_usc)
+        train(*options, "--compare", "usc", "ujc", "--out", out)
+    command = capsys.readouterr().out.splitlines()[-1].partition("python udon.py ")[2]
+    assert shlex.split(command) == ["train", "--out", str(out), "--resume"]
+    udon.main(shlex.split(command))
+    assert "udon and usc and ujc beside the backbone" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {*rundir.FILES, "usc", "ujc"}
 
 
 def test_second_signal_stops_at_once(options, tmp_path, monkeypatch):
@@ -409,6 +441,13 @@ def test_json_that_cannot_be_written(options, copied, monkeypatch, capsys, name)
     sentence = refusal(capsys, "--out", copied, "--resume")
     assert f"{name} cannot be written (No space left on device)" in sentence
     assert not list(copied.glob("*.partial")) and (copied / name).read_bytes() == before
+
+
+def test_json_is_written_through_a_link(tmp_path):
+    (tmp_path / "target").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "target")  # as /dev/stdout is
+    checkpoint.write_json(tmp_path / "link", [1])
+    assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "target").read_text()) == [1]
 
 
 def test_reader_that_ends_early(finished, tmp_path):
