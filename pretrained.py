@@ -15,9 +15,14 @@ warns about each that the file cannot tell, because a wrong one lowers accuracy 
             with decoder_* keys (MAE) or a "teacher"      gelu        1e-6  imagenet (assumed)
             vit_*_clip_*, which have norm_pre             gelu        1e-5  clip
     CLIP    OpenAI and open_clip, keys visual.*           quick_gelu  1e-5  clip
+            open_clip around timm, keys visual.trunk.*    gelu        1e-6  clip (assumed)
+    HF      transformers' ViTModel                        gelu        1e-12 half (assumed)
+            transformers' CLIPModel, CLIPVisionModel      quick_gelu  1e-5  clip
+    Flax    CLIP in Scenic                                quick_gelu  1e-5  clip
     own     checkpoints of udon.py                        as stored in the checkpoint
 
-DINO, DeiT and MAE encoders have timm's keys but were trained with "imagenet" statistics: pass them.
+DINO, DeiT and MAE encoders have the keys of timm's or transformers' ViT but were trained with
+"imagenet" statistics: pass them, or keep the configuration files beside the weights.
 Copy with: torch, numpy (and safetensors for .safetensors files).
 """
 
@@ -72,31 +77,123 @@ class Family(NamedTuple):
     heads: int | None = None  # attention heads, where the file tells
 
 
+# A family, with what its files cannot tell marked as assumed.
 AUGREG = Family("AugReg", "gelu_tanh", 1e-6, False, HALF, "", "by family", "by family")
 MAE = Family("MAE", "gelu", 1e-6, False, IMAGENET)
 DINO = Family("DINO-like", "gelu", 1e-6, False, IMAGENET)
-TIMM_CAUTION = "DINO, DeiT and MAE encoders have the same keys and need statistics 'imagenet'"
-TIMM = Family("timm ViT", "gelu", 1e-6, False, HALF, TIMM_CAUTION)
+IMAGENET_CAUTION = "DINO, DeiT and MAE encoders have the same keys and need statistics 'imagenet'"
+TIMM = Family("timm ViT", "gelu", 1e-6, False, HALF, IMAGENET_CAUTION)
 TIMM_CLIP_CAUTION = "timm's quickgelu models need activation 'quick_gelu'"
 TIMM_CLIP = Family("timm CLIP", "gelu", 1e-5, True, CLIP, TIMM_CLIP_CAUTION)
 OPENAI = Family("OpenAI CLIP", "quick_gelu", 1e-5, True, CLIP, "", "by family", "by family")
 OPEN_CLIP_CAUTION = "open_clip's LAION weights need activation 'gelu', some also statistics 'half'"
 OPEN_CLIP = Family("CLIP", "quick_gelu", 1e-5, True, CLIP, OPEN_CLIP_CAUTION)
+TRUNK_CAUTION = "open_clip's models around timm have statistics 'clip', 'half' or 'imagenet'"
+TRUNK = Family("open_clip's timm ViT", "gelu", 1e-6, False, CLIP, TRUNK_CAUTION, "by family")
+HF_VIT = Family("HF ViT", "gelu", 1e-12, False, HALF, IMAGENET_CAUTION)
+HF_CLIP = Family("HF CLIP", "quick_gelu", 1e-5, True, CLIP, OPEN_CLIP_CAUTION)
+FLAX_CLIP = OPENAI._replace(name="Flax CLIP")
 
 
 class Layout(NamedTuple):
-    """How the keys of a family are recognised."""
+    """How the keys of a family are recognised and renamed to timm's."""
 
     marks: tuple[str, ...]  # prefixes that only this layout has
     ignored: tuple[str, ...]  # prefixes of keys outside the backbone
     cls_token: str
     pooling: tuple[str, ...]  # prefixes of keys of networks that pool their patches
+    names: tuple[tuple[str, str], ...] = ()  # pattern and replacement, applied in this order
+    tower: str = ""  # prefix of all keys of the backbone
 
 
+AUGREG_NAMES = (  # LayerNorm_2, MultiHead..._1 and MlpBlock_3 end in _1, _0 and _0 in later files
+    (r"^cls$", "cls_token"),
+    (r"^embedding/", "patch_embed.proj/"),
+    (r"^Transformer/posembed_input/pos_embedding$", "pos_embed"),
+    (r"^Transformer/encoder_norm/", "norm/"),
+    (r"^Transformer/encoderblock_", "blocks/"),
+    (r"/LayerNorm_0/", "/norm1/"),
+    (r"/LayerNorm_[12]/", "/norm2/"),
+    (r"/MultiHeadDotProductAttention_[01]/out/", "/attn/proj/"),
+    (r"/MultiHeadDotProductAttention_[01]/", "/attn/"),
+    (r"/MlpBlock_[03]/Dense_0/", "/mlp/fc1/"),
+    (r"/MlpBlock_[03]/Dense_1/", "/mlp/fc2/"),
+    (r"/(kernel|scale)$", "/weight"),
+    (r"/", "."),
+)
+CLIP_NAMES = (
+    (r"^visual\.", ""),
+    (r"^class_embedding$", "cls_token"),
+    (r"^positional_embedding$", "pos_embed"),
+    (r"^conv1\.", "patch_embed.proj."),
+    (r"^ln_pre\.", "norm_pre."),
+    (r"^ln_post\.", "norm."),
+    (r"^transformer\.resblocks\.", "blocks."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.attn\.in_proj_", ".attn.qkv."),
+    (r"\.attn\.out(_proj)?\.", ".attn.proj."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+)
+HF_NAMES = (  # transformers renamed parts of ViTModel in version 5, in memory but not in its files
+    (r"^embeddings\.(cls_token|class_embedding)$", "cls_token"),
+    (r"^embeddings\.(position_embeddings|position_embedding\.weight)$", "pos_embed"),
+    (r"^embeddings\.(patch_embeddings\.projection|patch_embedding)\.", "patch_embed.proj."),
+    (r"^pre_layrnorm\.", "norm_pre."),  # sic
+    (r"^(layernorm|post_layernorm)\.", "norm."),
+    (r"^(encoder\.layers?|layers)\.", "blocks."),
+    (r"\.(layernorm_before|layer_norm1)\.", ".norm1."),
+    (r"\.(layernorm_after|layer_norm2)\.", ".norm2."),
+    (r"\.(attention\.attention|attention|self_attn)\.(query|q_proj)\.", ".attn.query."),
+    (r"\.(attention\.attention|attention|self_attn)\.(key|k_proj)\.", ".attn.key."),
+    (r"\.(attention\.attention|attention|self_attn)\.(value|v_proj)\.", ".attn.value."),
+    (r"\.(attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+)
 LAYOUTS = {
-    "AugReg": Layout(("Transformer/",), ("head/", "pre_logits/"), "cls", ("MAPHead_0/",)),
+    "AugReg": Layout(
+        ("Transformer/",), ("head/", "pre_logits/"), "cls", ("MAPHead_0/",), AUGREG_NAMES
+    ),
+    "Flax CLIP": Layout(
+        ("transformer/resblocks.",),
+        ("proj/",),
+        "class_embedding",
+        (),
+        ((r"/(kernel|scale)$", "/weight"), (r"/", "."), *CLIP_NAMES),
+    ),
+    "open_clip timm": Layout(
+        ("visual.trunk.",),
+        ("visual.head.",),
+        "visual.trunk.cls_token",
+        ("visual.trunk.fc_norm.", "visual.trunk.attn_pool."),
+        ((r"^visual\.trunk\.", ""),),
+        "visual.",
+    ),
     "CLIP": Layout(
-        ("visual.",), ("visual.proj",), "visual.class_embedding", ("visual.attn_pool.",)
+        ("visual.",),
+        ("visual.proj",),
+        "visual.class_embedding",
+        ("visual.attn_pool.",),
+        CLIP_NAMES,
+        "visual.",
+    ),
+    "CLIP tower": Layout(
+        ("transformer.resblocks.",), ("proj",), "class_embedding", ("attn_pool.",), CLIP_NAMES
+    ),
+    "HF ViT": Layout(
+        ("embeddings.patch_embeddings.",),
+        ("embeddings.mask_token", "pooler."),
+        "embeddings.cls_token",
+        (),
+        HF_NAMES,
+    ),
+    "HF CLIP": Layout(
+        ("embeddings.patch_embedding.",),
+        ("embeddings.position_ids",),
+        "embeddings.class_embedding",
+        (),
+        HF_NAMES,
     ),
     "timm": Layout(
         ("patch_embed.", "blocks."),
@@ -116,9 +213,10 @@ def load(
 ) -> Preprocessing:
     """Fills `vit`, a model.ViT, in place and returns the statistics that its images need.
 
-    path        .npz (AugReg), .safetensors, or a file for torch.load(weights_only=True) or
-                torch.jit.load. State dicts may be wrapped ("state_dict", "model", ...; averaged
-                weights come before raw ones) or have prefixes such as "module.".
+    path        .npz (AugReg), .safetensors, a file for torch.load(weights_only=True) or
+                torch.jit.load, or a folder with one of WEIGHT_FILES, such as save_pretrained
+                writes. State dicts may be wrapped ("state_dict", "model", ...; averaged weights
+                come before raw ones) or have prefixes such as "module.".
     activation  overrides the family's activation
     statistics  a key of STATISTICS, overrides the family's mean and std
     Without these, config.json (timm, transformers), preprocessor_config.json and
@@ -131,6 +229,7 @@ def load(
     """
     path = Path(path)
     try:
+        path = _weight_file(path)
         if statistics is not None and statistics not in STATISTICS:
             raise WeightsError(f"statistics {statistics!r} are unknown: use one of {[*STATISTICS]}")
         checkpoint = _read(path)
@@ -171,8 +270,18 @@ def resize_position_table(table: Tensor, grid: int) -> Tensor:
 # ---- reading a file ------------------------------------------------------------------------------
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")  # averaged ones first
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+PREFIXES = (
+    *("module.", "_orig_mod.", "model.", "backbone."),
+    *("vision_model.", "vit."),  # transformers
+    *("params/", "opt/target/"),  # Flax, saved as npz
+)
 CLS_REMEDY = "give weights of a network that reads the CLS token"
+
+
+WEIGHT_FILES = (  # in a folder of transformers, open_clip or timm
+    *("model.safetensors", "pytorch_model.bin"),
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+)
 
 
 class Checkpoint(NamedTuple):
@@ -181,6 +290,24 @@ class Checkpoint(NamedTuple):
     wrappers: tuple[str, ...]  # around the weights, outermost first
     is_torchscript: bool
     is_own: bool  # a checkpoint of udon.py
+
+
+def _weight_file(path: Path) -> Path:
+    """The file of weights in a folder; `path` itself if it is none."""
+    if not path.is_dir():
+        return path
+    for name in WEIGHT_FILES:
+        if (path / name).is_file():
+            return path / name
+        if (path / f"{name}.index.json").is_file():
+            raise WeightsError(
+                f"this folder has its weights in parts, {name}.index.json: save them in one file "
+                "(save_pretrained with a larger max_shard_size)"
+            )
+    raise WeightsError(
+        f"this folder has no weights, {_some(WEIGHT_FILES)}: give a weight file, or a folder with "
+        "one of these"
+    )
 
 
 def _read(path: Path) -> Checkpoint:
@@ -220,7 +347,7 @@ def _read(path: Path) -> Checkpoint:
 def _refuse_other_formats(path: Path) -> None:
     try:
         if path.exists() and not path.is_file():
-            raise WeightsError("this is a folder or a device: give a weight file")
+            raise WeightsError("this is no regular file: give a weight file or a folder with one")
         with open(path, "rb") as file:
             head = file.read(64)
     except OSError as error:
@@ -277,8 +404,8 @@ def _unwrap(content: Any, is_torchscript: bool) -> Checkpoint:
         prefixes = [p for p in PREFIXES if any(key.startswith(p) for key in weights)]
         if not prefixes:
             raise WeightsError(
-                f"no ViT in AugReg, timm or CLIP layout (first keys: {first_keys}): give one of "
-                "these, or a checkpoint of udon.py"
+                f"no ViT in a layout of AugReg, timm, CLIP or transformers (first keys: "
+                f"{first_keys}): give one of these, or a checkpoint of udon.py"
             )
         weights = {
             key.removeprefix(prefixes[0]): value
@@ -305,7 +432,7 @@ def _recognise(checkpoint: Checkpoint) -> tuple[Family, dict[str, Tensor]]:
     weights = {
         key: value
         for key, value in checkpoint.weights.items()
-        if not key.startswith(layout.ignored) and (name != "CLIP" or key.startswith("visual."))
+        if key.startswith(layout.tower) and not key.startswith(layout.ignored)
     }
     if layout.cls_token not in weights:
         raise WeightsError(f"there is no CLS token, {layout.cls_token}: {CLS_REMEDY}")
@@ -314,18 +441,28 @@ def _recognise(checkpoint: Checkpoint) -> tuple[Family, dict[str, Tensor]]:
     _check_tensors(weights)
     if checkpoint.is_own:
         return _own_family(checkpoint.content), weights
-    if name == "AugReg":
-        weights, heads = _from_augreg(weights)
-        return AUGREG._replace(heads=heads), weights
-    if name == "CLIP":
-        if not any(key.startswith("visual.ln_pre.") for key in weights):  # CLIPA
-            raise WeightsError(f"visual.ln_pre is missing, as in networks that pool: {CLS_REMEDY}")
-        return OPENAI if checkpoint.is_torchscript else OPEN_CLIP, _from_clip(weights)
-    if any(key.startswith("norm_pre.") for key in weights):
-        return TIMM_CLIP, weights
-    if any(key.startswith("decoder_") for key in checkpoint.weights):
-        return MAE, weights
-    return DINO if "teacher" in checkpoint.wrappers else TIMM, weights
+    weights, heads = _to_timm(weights, layout)
+    has_pre_norm = any(key.startswith("norm_pre.") for key in weights)
+    if name in ("CLIP", "CLIP tower") and not has_pre_norm:  # CLIPA
+        raise WeightsError(
+            f"{layout.tower}ln_pre is missing, as in networks that pool: {CLS_REMEDY}"
+        )
+    families = {
+        "AugReg": AUGREG,
+        "Flax CLIP": FLAX_CLIP,
+        "open_clip timm": TIMM_CLIP if has_pre_norm else TRUNK,
+        "CLIP": OPENAI if checkpoint.is_torchscript else OPEN_CLIP,
+        "CLIP tower": OPEN_CLIP,
+        "HF ViT": HF_VIT,
+        "HF CLIP": HF_CLIP,
+        "timm": TIMM_CLIP if has_pre_norm else TIMM,
+    }
+    family = families[name]
+    if family == TIMM and any(key.startswith("decoder_") for key in checkpoint.weights):
+        family = MAE
+    elif family == TIMM and "teacher" in checkpoint.wrappers:
+        family = DINO
+    return family._replace(heads=heads), weights
 
 
 def _check_tensors(weights: dict[str, Tensor]) -> None:
@@ -394,7 +531,10 @@ HIDDEN_ACTS = {  # transformers' names
 
 
 def _with_configs(family: Family, path: Path, width: int) -> Family:
-    """Replaces what is assumed by what the files of timm, transformers and open_clip tell."""
+    """Replaces what is assumed by what the files of timm, transformers and open_clip tell.
+
+    Of transformers' networks these also give the LayerNorm epsilon and the attention heads.
+    """
     if "assumed" not in (family.activation_source, family.preprocessing_source):
         return family
     for file in CONFIGS:
@@ -407,6 +547,9 @@ def _with_configs(family: Family, path: Path, width: int) -> Family:
             if pool in ("avg", "avgmax", "max", "map"):
                 raise WeightsError(f"global_pool is {pool!r} in {file}: {CLS_REMEDY}")
             activation, preprocessing = _activation(section), _preprocessing(section)
+            if family.name in (HF_VIT.name, HF_CLIP.name) and "layer_norm_eps" in section:
+                eps, heads = section["layer_norm_eps"], section.get("num_attention_heads")
+                family = family._replace(norm_eps=_checked_eps(eps, file), heads=heads)
             if activation and family.activation_source == "assumed":
                 family = family._replace(activation=activation, activation_source=file)
             if preprocessing and family.preprocessing_source == "assumed":
@@ -438,6 +581,12 @@ def _activation(section: dict) -> str | None:
     return HIDDEN_ACTS.get(str(section.get("hidden_act")))
 
 
+def _checked_eps(eps: Any, file: str) -> float:
+    if isinstance(eps, float) and 0 < eps < 1:
+        return eps
+    raise WeightsError(f"layer_norm_eps is {eps!r} in {file}: it must be between 0 and 1")
+
+
 def _preprocessing(section: dict) -> Preprocessing | None:
     """The section's mean and std, if they are three numbers each and std is positive."""
     mean = section.get("image_mean", section.get("mean"))
@@ -453,58 +602,25 @@ def _preprocessing(section: dict) -> Preprocessing | None:
 # ---- other layouts under timm's names ------------------------------------------------------------
 
 
-_AUGREG_NAMES = (  # LayerNorm_2, MultiHead..._1 and MlpBlock_3 end in _1, _0 and _0 in later files
-    (r"^cls$", "cls_token"),
-    (r"^embedding/", "patch_embed.proj/"),
-    (r"^Transformer/posembed_input/pos_embedding$", "pos_embed"),
-    (r"^Transformer/encoder_norm/", "norm/"),
-    (r"^Transformer/encoderblock_", "blocks/"),
-    (r"/LayerNorm_0/", "/norm1/"),
-    (r"/LayerNorm_[12]/", "/norm2/"),
-    (r"/MultiHeadDotProductAttention_[01]/out/", "/attn/proj/"),
-    (r"/MultiHeadDotProductAttention_[01]/", "/attn/"),
-    (r"/MlpBlock_[03]/Dense_0/", "/mlp/fc1/"),
-    (r"/MlpBlock_[03]/Dense_1/", "/mlp/fc2/"),
-    (r"/(kernel|scale)$", "/weight"),
-    (r"/", "."),
-)
-_AUGREG_SHAPES = (  # name, dimensions in the file, transform; kernels are (in, out) there
+_FLAX_SHAPES = (  # name, dimensions in the file, transform; kernels are (in, out) there
     (r"patch_embed.proj.weight", 4, lambda x: x.permute(3, 2, 0, 1)),  # HWIO -> OIHW
     (r".*.attn.(query|key|value).weight", 3, lambda x: x.flatten(1).T),  # (D, heads, D/heads)
     (r".*.attn.(query|key|value).bias", 2, lambda x: x.flatten()),  # (heads, D/heads)
     (r".*.attn.proj.weight", 3, lambda x: x.flatten(0, 1).T),  # (heads, D/heads, D)
     (r".*.mlp.fc[12].weight", 2, lambda x: x.T),
 )
-_CLIP_NAMES = (
-    (r"^visual\.", ""),
-    (r"^class_embedding$", "cls_token"),
-    (r"^positional_embedding$", "pos_embed"),
-    (r"^conv1\.", "patch_embed.proj."),
-    (r"^ln_pre\.", "norm_pre."),
-    (r"^ln_post\.", "norm."),
-    (r"^transformer\.resblocks\.", "blocks."),
-    (r"\.ln_([12])\.", r".norm\1."),
-    (r"\.attn\.in_proj_", ".attn.qkv."),
-    (r"\.attn\.out_proj\.", ".attn.proj."),
-    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-)
 
 
-def _rename(key: str, names: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in names:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def _from_augreg(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], int | None]:
-    """AugReg's arrays under timm's names, and the number of attention heads."""
+def _to_timm(weights: dict[str, Tensor], layout: Layout) -> tuple[dict[str, Tensor], int | None]:
+    """The tensors under timm's names, and the number of attention heads if the shapes tell."""
     renamed, heads = {}, None
     for key, value in weights.items():
-        name = _rename(key, _AUGREG_NAMES)
+        name = key
+        for pattern, replacement in layout.names:
+            name = re.sub(pattern, replacement, name)
         if name in renamed:
             raise WeightsError(f"{key} and another array are both {name}: give one version's file")
-        for pattern, dimensions, transform in _AUGREG_SHAPES:
+        for pattern, dimensions, transform in _FLAX_SHAPES if "/" in layout.marks[0] else ():
             if re.fullmatch(pattern, name):
                 if value.ndim != dimensions:
                     raise WeightsError(f"{key} has {value.ndim} dimensions, not {dimensions}")
@@ -515,16 +631,13 @@ def _from_augreg(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], int | N
         names = [query.replace("query", part) for part in ("query", "key", "value")]
         if all(name in renamed for name in names):  # otherwise attn.qkv is reported as missing
             parts = [renamed.pop(name) for name in names]
+            if len({part.shape for part in parts}) > 1:
+                raise WeightsError(f"{', '.join(names)} differ in shape: give the original file")
             renamed[query.replace("query", "qkv")] = torch.cat(parts)
-    return renamed, heads
-
-
-def _from_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {_rename(key, _CLIP_NAMES): value for key, value in weights.items()}
-    for key, dimensions in (("cls_token", 1), ("pos_embed", 2)):  # (D,), (N+1, D) in the file
+    for key, dimensions in (("cls_token", 1), ("pos_embed", 2)):  # (D,), (N+1, D) in CLIP's files
         if key in renamed and renamed[key].ndim == dimensions:
             renamed[key] = renamed[key].reshape(1, -1, renamed[key].shape[-1])
-    return renamed
+    return renamed, heads
 
 
 # ---- fitting the ViT -----------------------------------------------------------------------------

@@ -41,7 +41,9 @@ FAMILIES = {  # activation, LayerNorm epsilon, norm before the blocks, (mean, st
 CONTAINERS = [  # every form in which a family is found on disk
     ("augreg", "npz"),
     ("augreg", "npz_float64"),
+    ("augreg", "npz_params"),
     ("augreg_variant", "npz"),
+    ("augreg_variant", "npz_opt_target"),
     ("timm", "bare"),
     ("timm", "state_dict"),
     ("timm", "model"),
@@ -220,7 +222,11 @@ def save(path, weights, container="bare"):
     path = Path(path)
     if container.startswith("npz"):
         dtype = np.float64 if container == "npz_float64" else np.float32
-        np.savez(path.with_suffix(".npz"), **{k: v.astype(dtype) for k, v in weights.items()})
+        prefix = {"npz_params": "params/", "npz_opt_target": "opt/target/"}.get(container, "")
+        arrays = {prefix + key: value.astype(dtype) for key, value in weights.items()}
+        if prefix:  # what a training state holds besides
+            arrays |= {"opt/state/step": np.array(3), "step": np.array(3)}
+        np.savez(path.with_suffix(".npz"), **arrays)
         return path.with_suffix(".npz")
     dtype = torch.float16 if container.endswith("float16") else torch.float32
     tensors = {key: torch.from_numpy(value).to(dtype) for key, value in weights.items()}
@@ -1137,7 +1143,8 @@ def bad_contents(folder):
             "positional_embedding": torch.ones(7, 8),
             "ln_final.weight": torch.ones(8),
         },
-        "open_clip around timm": {f"visual.trunk.{key}": v for key, v in tensors.items()},
+        "open_clip around timm, pooled": {"visual.trunk.attn_pool.latent": torch.ones(1, 1, 8)}
+        | {f"visual.trunk.{key}": v for key, v in tensors.items()},
         "flat teacher": {f"teacher.backbone.{key}": v for key, v in tensors.items()},
     }
 
@@ -1237,8 +1244,8 @@ def test_other_formats_are_named(tmp_path, kind, suffix):
 def test_a_folder_and_a_pipe_are_named(tmp_path, suffix):
     (tmp_path / f"folder{suffix}").mkdir()
     os.mkfifo(tmp_path / f"pipe{suffix}")
-    for name in ("folder", "pipe"):
-        assert "folder" in refused(tmp_path / f"{name}{suffix}")
+    assert "folder has no weights" in refused(tmp_path / f"folder{suffix}")
+    assert "no regular file" in refused(tmp_path / f"pipe{suffix}")
 
 
 @pytest.mark.parametrize(

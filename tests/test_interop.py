@@ -1,0 +1,241 @@
+"""Networks of timm, transformers, open_clip and Flax: the same features here as in each library, on
+the same images, with random weights of tiny sizes. Nothing is downloaded. The packages are those
+of the extra `interop`; tests of a package that is not installed are skipped."""
+
+import contextlib
+import functools
+import json
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import model
+import pretrained
+
+SIZES = dict(image_size=32, patch_size=8, width=48, depth=2, heads=3)
+TOLERANCE = 1e-5  # absolute, on features whose entries are about 1
+
+
+def import_torchvision():
+    """timm and transformers import torchvision. Beside a build of torch that its binary does not
+    match, it lacks operators and fails; these tests need none of them."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{name}", schema)
+
+
+with contextlib.suppress(ImportError):
+    import_torchvision()
+
+
+def randomise(module, seed=0):
+    """Adds noise to every parameter, so that none is 0 or 1; returns the module for inference."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    return module.eval()
+
+
+def random_images(size=32):
+    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def loaded(path, **options):
+    """A ViT filled from `path`, its preprocessing and the note about it."""
+    vit = model.ViT(**SIZES).eval()
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        preprocessing = pretrained.load(vit, path, **options)
+    return vit, preprocessing, " ".join(str(note.message) for note in notes)
+
+
+def assert_equal_features(backbone, expected, images=None):
+    """`expected`: (B, D) of the library for the same images."""
+    with torch.inference_mode():
+        features = backbone(random_images() if images is None else images)
+    assert features.shape == expected.shape
+    assert (features - expected).abs().max() < TOLERANCE
+
+
+# transformers -------------------------------------------------------------------------------------
+
+TEXT = dict(
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=64,
+    vocab_size=50,
+    bos_token_id=48,
+    eos_token_id=49,
+)
+
+
+def transformers_network(name, **options):
+    """(network, function of images -> (B, D) after the final norm) of a class of transformers."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=192)
+    sizes |= dict(image_size=32, patch_size=8) | options
+    if name.startswith("ViT"):
+        config = transformers.ViTConfig(**sizes)
+    elif name == "CLIPModel":
+        config = transformers.CLIPConfig(vision_config=sizes, text_config=TEXT)
+    else:
+        config = transformers.CLIPVisionConfig(**sizes)
+    network = randomise(getattr(transformers, name)(config))
+    tower = getattr(network, "vit", getattr(network, "vision_model", network))
+    if name.startswith("ViT"):
+        return network, lambda images: tower(images).last_hidden_state[:, 0]
+    return network, lambda images: tower(images).pooler_output
+
+
+TRANSFORMERS = {
+    "ViTModel": {},
+    "ViTForImageClassification": dict(hidden_act="gelu_new", layer_norm_eps=1e-3),
+    "CLIPVisionModel": {},
+    "CLIPVisionModelWithProjection": dict(hidden_act="gelu", layer_norm_eps=1e-3),
+    "CLIPModel": dict(hidden_act="gelu"),
+}
+
+
+@pytest.mark.parametrize("container", ["folder", "bin folder", "safetensors", "state dict"])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers(tmp_path, name, container):
+    """Activation and epsilon come from config.json; a bare state dict has the defaults."""
+    options = {} if container == "state dict" else TRANSFORMERS[name]
+    network, features = transformers_network(name, **options)
+    path = tmp_path
+    if container == "state dict":
+        path = tmp_path / "weights.pt"
+        torch.save(network.state_dict(), path)
+    else:
+        network.save_pretrained(tmp_path)
+    if container == "safetensors":
+        path = tmp_path / "model.safetensors"
+    elif container == "bin folder":
+        torch.save(network.state_dict(), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    vit, preprocessing, note = loaded(path)
+    with torch.inference_mode():
+        assert_equal_features(vit, features(random_images()))
+    is_vit = name.startswith("ViT")
+    assert preprocessing == (pretrained.HALF if is_vit else pretrained.CLIP)
+    assert ("HF ViT" if is_vit else "HF CLIP") in note
+    if container != "state dict":
+        assert "(config.json), statistics" in note
+
+
+def test_transformers_statistics_come_from_the_preprocessor(tmp_path):
+    network, _ = transformers_network("ViTModel")
+    network.save_pretrained(tmp_path)
+    statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(statistics))
+    assert loaded(tmp_path)[1] == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def refused(path, **options):
+    with pytest.raises(pretrained.WeightsError) as caught:
+        loaded(path, **options)
+    assert str(caught.value).isprintable()
+    return str(caught.value)
+
+
+def test_transformers_with_another_number_of_heads_are_refused(tmp_path):
+    """The shapes do not tell the number of heads, config.json does."""
+    network, _ = transformers_network("CLIPVisionModel", num_attention_heads=4)
+    network.save_pretrained(tmp_path)
+    assert "4 attention heads" in refused(tmp_path)
+
+
+def test_transformers_weights_in_parts_are_refused(tmp_path):
+    network, _ = transformers_network("ViTModel")
+    network.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert "max_shard_size" in refused(tmp_path)
+
+
+def test_networks_of_transformers_without_a_cls_token_are_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=192)
+    config = transformers.SiglipVisionConfig(**sizes, image_size=32, patch_size=8)
+    transformers.SiglipVisionModel(config).save_pretrained(tmp_path)
+    assert "no CLS token" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("eps", [0, 1.5, "1e-5", None])
+def test_an_invalid_epsilon_is_refused(tmp_path, eps):
+    network, _ = transformers_network("ViTModel")
+    network.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layer_norm_eps": eps}))
+    assert "layer_norm_eps" in refused(tmp_path)
+
+
+# open_clip ----------------------------------------------------------------------------------------
+
+
+def open_clip_network(vision, **options):
+    open_clip_model = pytest.importorskip("open_clip.model")
+    text = dict(context_length=8, vocab_size=50, width=32, heads=2, layers=1)
+    return randomise(open_clip_model.CLIP(16, vision, text, **options))
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+@pytest.mark.parametrize("part", ["whole", "tower"])
+def test_open_clip(tmp_path, quick_gelu, part):
+    vision = dict(image_size=32, patch_size=8, width=48, layers=2, head_width=16)
+    network = open_clip_network(vision, quick_gelu=quick_gelu)
+    weights = (network if part == "whole" else network.visual).state_dict()
+    torch.save(weights, tmp_path / "open_clip_pytorch_model.bin")
+    config = {"model_cfg": {"vision_cfg": {"width": 48}, "quick_gelu": quick_gelu}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    vit, preprocessing, note = loaded(tmp_path)
+    network.visual.proj = None  # the projection into CLIP's joint space is not part of the backbone
+    with torch.inference_mode():
+        assert_equal_features(vit, network.visual(random_images()))
+    assert preprocessing == pretrained.CLIP and "(open_clip_config.json)" in note
+
+
+TINY_VIT = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+
+
+def test_open_clip_around_timm(tmp_path):
+    """A timm ViT that reads the CLS token, as the trunk of an open_clip tower."""
+    vision = dict(image_size=224, timm_model_name="vit_tiny_patch16_224", timm_proj="linear")
+    network = open_clip_network(vision | dict(timm_pool="token"))
+    trunk = pytest.importorskip("timm").models.VisionTransformer(num_classes=0, **TINY_VIT)
+    network.visual.trunk = randomise(trunk)
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    vit, preprocessing, note = loaded(tmp_path / "weights.pt")
+    with torch.inference_mode():
+        assert_equal_features(vit, trunk(random_images()))
+    assert preprocessing == pretrained.CLIP and "clip (assumed)" in note
+
+
+def test_open_clip_around_timm_with_pooling_is_refused(tmp_path):
+    vision_transformer = pytest.importorskip("timm").models.VisionTransformer
+    trunk = vision_transformer(num_classes=0, global_pool="map", class_token=False, **TINY_VIT)
+    weights = {f"visual.trunk.{key}": value for key, value in trunk.state_dict().items()}
+    torch.save(weights, tmp_path / "weights.pt")
+    assert "CLS token" in refused(tmp_path / "weights.pt")
+
+
+# timm ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_timm(tmp_path, clip):
+    timm = pytest.importorskip("timm")
+    norm = functools.partial(nn.LayerNorm, eps=1e-5)
+    options = dict(pre_norm=True, norm_layer=norm) if clip else {}
+    network = timm.models.VisionTransformer(num_classes=0, **TINY_VIT, **options)
+    randomise(network)
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    vit, _, note = loaded(tmp_path / "weights.pt")
+    with torch.inference_mode():
+        assert_equal_features(vit, network(random_images()))
+    assert ("timm CLIP" if clip else "timm ViT") in note
