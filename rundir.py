@@ -224,7 +224,8 @@ class MetricsLog:
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # of a line that write() has reported already
+            self.file.close()
 
 
 def load_last(out: Path) -> tuple[UDON, dict]:

@@ -443,6 +443,15 @@ def test_json_that_cannot_be_written(options, copied, monkeypatch, capsys, name)
     assert not list(copied.glob("*.partial")) and (copied / name).read_bytes() == before
 
 
+def test_full_disk_while_metrics_are_written(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError, match="No space left on device") as error:
+        log.write({"step": 1})
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")
+    log.close()
+
+
 def test_json_is_written_through_a_link(tmp_path):
     (tmp_path / "target").touch()
     (tmp_path / "link").symlink_to(tmp_path / "target")  # as /dev/stdout is
