@@ -83,7 +83,9 @@ GROUPS = {  # the first field of each group of options
     "weights": "losses",
     "sampler": "the paper's variants",
 }
-MAY_CHANGE = ("steps", "workers", "device", "data", "out", "compare")  # when a run is resumed
+MAY_CHANGE = (  # when a run is resumed
+    *("steps", "workers", "device", "data", "out", "compare", "on_bad_image"),
+)
 LEAST = {  # the smallest value of numbers, 0 unless given
     **dict.fromkeys(("image_size", "student_dim", "teacher_dim", "head_layers", "batch_size"), 1),
     **dict.fromkeys(("steps", "val_every", "save_every", "period"), 1),
@@ -114,6 +116,9 @@ class Config:
     antialias: bool = True
     """Antialias when images are downscaled; turn it off to match features of the official code,
     which does not (TensorFlow's resize)."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """Stop at an image that cannot be read, or skip up to 1 % of a split; those skipped are listed
+    in skipped.json of the run."""
     workers: int = min(CPUS, 8)
     """Processes that load images which do not fit in memory; raise it when the time spent waiting
     for data, which is printed, is more than a few percent."""
@@ -412,7 +417,10 @@ def with_method(config: Config, method: str, out: Path) -> Config:
     )
 
 
-PLACES = ("data", "domains", "out", "workers", "device", "preset", "method", "compare")
+PLACES = (
+    *("data", "domains", "out", "workers", "device", "preset", "method", "compare"),
+    "on_bad_image",
+)
 
 
 def origins(config: Config) -> dict[str, dict]:

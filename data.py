@@ -699,19 +699,23 @@ def loaded(
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_signals,
     )
-    for plan in plans:
-        keys[:] = plan
-        for (item, bad_rows), key in zip(_guarded(loader), plan):
-            for domain, found in bad_rows.items():
-                for row, reason in found:
-                    dataset.splits[domain].skip(row, InputError(reason))
-            if isinstance(item, InputError):
-                raise item
-            yield key, item
+    try:
+        for plan in plans:
+            keys[:] = plan
+            for (item, bad_rows), key in zip(_guarded(loader), plan):
+                for domain, found in bad_rows.items():
+                    for row, reason in found:
+                        dataset.splits[domain].skip(row, InputError(reason))
+                if isinstance(item, InputError):
+                    raise item
+                yield key, item
+    finally:  # ends the processes now: at exit, they would be sent SIGTERM, which they ignore
+        del loader
 
 
 def _ignore_signals(worker):
-    """Ctrl-C and batch systems signal all processes; the main one ends the others."""
+    """Ctrl-C and batch systems signal all processes. The main process ends the others, when it has
+    finished its step."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

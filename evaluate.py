@@ -130,15 +130,16 @@ def evaluate(
         raise ValueError("embedding is 'teacher' with index 'merged': use index 'separate'")
     model.eval()
     device = next(model.parameters()).device
-    queries, indexes, excluded = {}, {}, {}
+    queries, indexes, excluded, sizes = {}, {}, {}, {}
     for domain, images in sets.items():
         network = network_of(model, embedding, domain)
         embedded = {
-            part: embeddings(embed(network, part, preprocessing, device), part, domain)
+            part: usable(embed(network, part, preprocessing, device), part)
             for part in dict.fromkeys(images)
         }
-        queries[domain], indexes[domain] = embedded[images.queries], embedded[images.index]
-        excluded[domain] = data.same_file_rows(images.queries.split, images.index.split)
+        (queries[domain], query_split), (indexes[domain], index_split) = map(embedded.get, images)
+        excluded[domain] = data.same_file_rows(query_split, index_split)
+        sizes[domain] = {"queries": len(query_split), "index": len(index_split)}
     if index == "merged":
         scores = merged_scores(queries, indexes, excluded)
     else:
@@ -150,13 +151,17 @@ def evaluate(
     domains = {}
     for domain, values in scores.items():
         domains[domain] = {name: part.mean().item() for name, part in zip(METRICS, values)}
-        domains[domain] |= {"queries": len(sets[domain].queries), "index": len(sets[domain].index)}
+        domains[domain] |= sizes[domain]
     means = {name: float(np.mean([row[name] for row in domains.values()])) for name in METRICS}
     return {"mean": means, "domains": domains}
 
 
-def embeddings(vectors, images, domain) -> Embeddings:
-    return Embeddings(vectors, images.split.labels, [domain] * len(images))
+def usable(vectors, images) -> tuple[Embeddings, data.Split]:
+    """The embeddings and the split of the images that were not skipped as unreadable."""
+    rows, split = images.usable_rows(), images.split
+    if len(rows) < len(images):
+        vectors, split = vectors[rows], split.select(rows)
+    return Embeddings(vectors, split.labels, [split.domain] * len(rows)), split
 
 
 def merged_scores(queries, indexes, excluded) -> dict:
@@ -210,7 +215,7 @@ def find_device(name: str) -> str:
     device = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise data.InputError(
             f"--device {device} cannot be used here ({reason}): use cpu"
@@ -228,7 +233,7 @@ def choose_domains(options, config) -> data.Benchmark:
                 f"the run was trained on the domains {', '.join(domains)}, but {root} has "
                 f"{', '.join(available)}: name those to evaluate with --domains"
             )
-    return data.Benchmark(root, domains)
+    return data.Benchmark(root, domains, on_bad_image=options.on_bad_image)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -264,6 +269,10 @@ def report(options: argparse.Namespace) -> None:
     width = model.backbone.architecture["width"]
     print(f"{images:,} images; their embeddings take at most {4 * width * images / 1e6:,.0f} MB")
     results = evaluate(model, sets, preprocessing, index=index, embedding=embedding)
+    for note in benchmark.notes:
+        print(f"note: {note}")
+    for path, reason in benchmark.skipped.items():
+        print(f"skipped {path}: {reason}")
     print(table({embedding: results}))
     if options.json:
         about = {
@@ -273,6 +282,7 @@ def report(options: argparse.Namespace) -> None:
             "split": options.split,
             "index": index,
             "embedding": embedding,
+            "skipped": benchmark.skipped,
         }
         write_json(options.json, results | about)
 
@@ -300,6 +310,12 @@ def command_line() -> argparse.ArgumentParser:
         choices=("student", "teacher", "backbone"),
         help="(default: the one that the run validated)",
     )
+    parser.add_argument(
+        "--on-bad-image",
+        choices=("stop", "skip"),
+        default="stop",
+        help="stop at an image that cannot be read, or skip up to 1 %% of a split (default: stop)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the results to this file, too")
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)"
@@ -309,10 +325,8 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line()
-    try:
+    with parser.sentences((CheckpointError,)):
         report(parser.parse_args(arguments))
-    except (data.InputError, CheckpointError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

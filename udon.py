@@ -17,10 +17,7 @@ B batch, D backbone width, S student width, T teacher width, C classes of the ba
 import contextlib
 import dataclasses
 import functools
-import os
 import shlex
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -257,7 +254,7 @@ def train(config: Config, resume: bool = False) -> dict:
 
 def train_one(config: Config, resume: bool, interruption: rundir.Interruption) -> dict:
     """`train` without comparisons, in a directory that exists."""
-    benchmark = data.Benchmark(config.data, config.domains)
+    benchmark = data.Benchmark(config.data, config.domains, on_bad_image=config.on_bad_image)
     splits = {domain: benchmark.split(domain, "train") for domain in benchmark.domains}
     state = rundir.load_last(Path(config.out)) if resume else None
     run = build_run(config, splits, state)
@@ -274,6 +271,8 @@ def train_one(config: Config, resume: bool, interruption: rundir.Interruption) -
         antialias=config.antialias,
         min_area=config.min_area,
     )
+    for note in benchmark.notes:
+        print(f"note: {note}")
     if resume:
         print(f"resumed at step {run.step:,} of {run.steps:,}")
     else:
@@ -281,30 +280,35 @@ def train_one(config: Config, resume: bool, interruption: rundir.Interruption) -
         mean = 100 * run.backbone["mean"]["recall_at_1"]
         print(f"backbone as pre-trained: mean R@1 {mean:.2f} on test")
     metrics = rundir.MetricsLog(run.out / "metrics.jsonl", state and state[1]["metrics"])
-    with contextlib.closing(metrics):
+    workers = 0 if batches.in_memory else config.workers
+    print(f"training images decoded {f'by {workers} processes' if workers else 'in memory'}")
+    stream = data.stream(batches, run.sampler, run.step, run.steps, workers)
+    with contextlib.closing(metrics), contextlib.closing(stream):  # ends the processes, too
         run.save(metrics)
         write_config(config)
         (run.out / "stopped.json").unlink(missing_ok=True)
-        fit(run, batches, val_sets, metrics, interruption)
-        return finish(run, test_sets, metrics)
+        fit(run, batches, stream, val_sets, metrics, interruption)
+        results = finish(run, test_sets, metrics)
+    if skipped := benchmark.skipped:
+        checkpoint.write_json(run.out / "skipped.json", skipped)
+        print(f"skipped {len(skipped)} images, listed in {run.out / 'skipped.json'}")
+    return results
 
 
 def write_config(config: Config) -> None:
     checkpoint.write_json(Path(config.out) / "config.json", dataclasses.asdict(config))
 
 
-def fit(run: Run, batches: data.TrainBatches, val_sets: dict, metrics, interruption) -> None:
+def fit(run: Run, batches: data.TrainBatches, stream, val_sets, metrics, interruption) -> None:
     """Trains from run.step to the end; writes metrics.jsonl, last.pt and best.pt."""
-    config = run.config
-    workers = 0 if batches.in_memory else config.workers
-    print(f"training images decoded {f'by {workers} processes' if workers else 'in memory'}")
-    stream = data.stream(batches, run.sampler, run.step, run.steps, workers)
-    progress = Progress(run)
+    config, progress = run.config, Progress(run)
     run.model.train()
     while True:
         if run.needs_validation:
             run.save(metrics)  # so that a signal during validation may end it at once
             interruption.polled = False
+            if interruption.requested:
+                interruption.stop()
             validate(run, val_sets, metrics)
             run.save(metrics)
         interruption.polled = True
@@ -322,6 +326,8 @@ def fit(run: Run, batches: data.TrainBatches, val_sets: dict, metrics, interrupt
         if interruption.requested:
             interruption.stop()
     interruption.polled = False
+    if interruption.requested:
+        interruption.stop()
 
 
 def logged_step(run, stream, metrics) -> tuple[str, Losses, float, float]:
@@ -445,45 +451,13 @@ USER_ERRORS = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    if hasattr(sys.stdout, "reconfigure"):  # names of files may be undecodable
-        sys.stdout.reconfigure(errors="backslashreplace")
     parser = command_line()
-    given = {}
-    try:
-        try:
-            given = vars(parser.parse_args(arguments))
-            given.pop("command")
-            run_command(given, given.pop("resume"))
-        finally:
-            if sys.stdout:
-                sys.stdout.flush()
-    except USER_ERRORS as error:
-        parser.exit(2, f"udon.py: {error}\n")
-    except BrokenPipeError:  # the reader of the output has ended, as `head` does
-        discard_output()
-        sys.exit(128 + signal.SIGPIPE)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except OSError as error:  # no space or no permission; checkpoints are whole all the same
-        discard_output()
-        place = error.filename or given.get("out", "runs")
-        parser.exit(
-            2,
-            f"udon.py: {place} cannot be used ({error.strerror or error}): fix this and rerun with "
-            "--resume\n",
-        )
-    except (MemoryError, RuntimeError) as error:  # numpy's; torch's, which has no type on a CPU
-        if data.worker_has_ended(error):
-            parser.exit(2, f"udon.py: {data.WORKER_ENDED}\n")
-        texts = ("allocate memory", "size calculation overflowed")
-        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not out_of_memory and not any(text in str(error) for text in texts):
-            raise
-        parser.exit(
-            2,
-            f"udon.py: out of memory ({checkpoint.summary(error)}): lower --batch-size, "
-            "--image-size, --student-dim or --teacher-dim, or use a smaller --model\n",
-        )
+    memory = "lower --batch-size, --image-size, --student-dim or --teacher-dim, or use a smaller "
+    remedy = "fix this and rerun with --resume"  # checkpoints are whole all the same
+    with parser.sentences(USER_ERRORS, memory + "--model", remedy):
+        given = vars(parser.parse_args(arguments))
+        given.pop("command")
+        run_command(given, given.pop("resume"))
 
 
 def run_command(given: dict, resume: bool) -> None:
@@ -495,14 +469,6 @@ def run_command(given: dict, resume: bool) -> None:
             saved = checkpoint.load(out / "last.pt")[1]["config"]
             write_config(Config(**saved | {"out": str(out)}))
     train(options.configuration(given, resume), resume)
-
-
-def discard_output() -> None:
-    """Lets the interpreter end without another error of an output that cannot be written."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
