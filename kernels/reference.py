@@ -4,7 +4,7 @@
         folded in an order that depends on D alone, so that the score of a pair has the same bits
         in any block, batch or thread
     topk(queries (Q, D), index (G, D), k, exclude (Q, E)) -> (Q, k) int64 keys, all pairs scored
-    best(queries, index, rows (Q, m), k, exclude) -> (Q, k) keys, the given rows scored
+    best(queries, index, query (n,), row (n,), k, exclude) -> (Q, k) keys, the given pairs scored
     result(keys) -> scores (Q, k) float32, rows (Q, k) int64
     merged(parts, firsts, k) -> the same, from searches of consecutive parts of an index
 
@@ -96,32 +96,29 @@ def _rounded(exact, queries, rows):
     return found
 
 
-def best(queries, index, rows, k, exclude=None):
-    """The k best keys, descending, among rows (Q, m) of each query, m >= k.
+def best(queries, index, query, row, k, exclude=None):
+    """The k best keys, descending, of each query (Q, D) among pairs (n,) of queries and rows.
 
-    No row is given twice for a query; -1 stands for none.
+    The pairs are distinct and sorted by query. NOTHING where a query has fewer than k.
     """
-    width = max(1, queries.shape[1])
-    keys = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
-    step = max(1, PAIR_BLOCK // (rows.shape[1] * width))  # queries
-    piece = max(1, PAIR_BLOCK // width)  # rows of a single query
-    for top in range(0, len(queries), step):
-        block, places = queries[top : top + step], rows[top : top + step]
-        unit = double(block)
-        norms = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
-        found = torch.empty_like(places)
-        for part, out in zip(places.split(piece, dim=1), found.split(piece, dim=1)):
-            near = index.index_select(0, part.clamp(min=0).flatten().to(index.device))
-            near = near.view(*part.shape, queries.shape[1]).to(queries.device)
-            wide = double(near)
-            both = norms * torch.linalg.vector_norm(wide, dim=2)  # (q, m)
-            exact = (unit[:, None] @ wide.mT)[:, 0].mul_(ONE).div_(both.masked_fill_(both == 0, 1))
-            out.copy_(as_keys(_rounded(exact, block, near), part))
-        excluded = places < 0
-        for column in () if exclude is None else exclude[top : top + step].T:
-            excluded |= places == column[:, None]
-        keys[top : top + step] = found.masked_fill_(excluded, NOTHING).topk(k, dim=1).values
-    return keys
+    unit = double(queries)
+    norms = torch.linalg.vector_norm(unit, dim=1)
+    keys = torch.empty_like(row)
+    step = max(1, PAIR_BLOCK // max(1, queries.shape[1]))
+    for q, r, out in zip(query.split(step), row.split(step), keys.split(step)):
+        near = index.index_select(0, r.to(index.device)).to(queries.device)
+        wide = double(near)
+        both = norms[q] * torch.linalg.vector_norm(wide, dim=1)
+        exact = ONE * (unit.index_select(0, q) * wide).sum(1) / both.masked_fill_(both == 0, 1)
+        exact = _rounded(exact[:, None], queries.index_select(0, q), near[:, None])
+        out.copy_(as_keys(exact[:, 0], r))
+    for column in () if exclude is None else exclude.T:
+        keys[column[query] == row] = NOTHING
+    counts = torch.bincount(query, minlength=len(queries))
+    columns = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+    table = keys.new_full((len(queries), max(k, int(counts.max()))), NOTHING)
+    table[query, columns] = keys
+    return table.topk(k, dim=1).values
 
 
 def topk(queries, index, k, exclude=None):

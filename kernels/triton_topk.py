@@ -180,7 +180,9 @@ def topk(queries, index, k, exclude=None, precision="tf32"):
         unsure = torch.arange(len(block), device=queries.device)
         for attempt in ("tf32", "ieee") if uses_tf32 else (precision,):
             kept, worst = _selected(tame_block[unsure], tame_index, k, excluded[unsure], attempt)
-            found = reference.best(block[unsure], index, kept, k, excluded[unsure])
+            query, slot = (kept >= 0).nonzero(as_tuple=True)
+            pairs = query, kept[query, slot]
+            found = reference.best(block[unsure], index, *pairs, k, excluded[unsure])
             keys[top + unsure] = found
             # Error bound of 2^24 scores: of the sums, and of tf32, which cuts both values of a
             # product to 10 bits.
