@@ -17,6 +17,7 @@ Results are written as they come; the same command continues where it was stoppe
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib
 import json
 import mmap
@@ -88,7 +89,7 @@ def wait(pid: int, seconds: float) -> int | None:
 
 # Kills --------------------------------------------------------------------------------------------
 
-KILLS = {  # {kind: (signal, only while a file is written, share of --kills)}
+KILLS = {  # {kind: (signal, whether it waits until a file is written, share of --kills)}
     "SIGKILL": (signal.SIGKILL, False, 0.5),
     "SIGKILL while a file is written": (signal.SIGKILL, True, 0.5),
     "SIGTERM": (signal.SIGTERM, False, 0.1),
@@ -102,9 +103,9 @@ def train(*arguments) -> Callable:
     return lambda: udon.main(["train", *map(str, arguments)])
 
 
-def killed_run(work: Path, kind: str, number: int, duration: float) -> str:
+def killed_run(work: Path, kind: str, trial: int, duration: float) -> str:
     """Kills a run, once or several times, and resumes it to its end -> what was lost, or ""."""
-    rng, out, log = Random(f"{kind} {number}"), work / "killed", work / "log"
+    rng, out, log = Random(f"{kind} {trial}"), work / "killed", work / "log"
     shutil.rmtree(out, ignore_errors=True)
     log.unlink(missing_ok=True)
     outside = listing(work)
@@ -269,7 +270,8 @@ def run_batch(kind: str, numbers: range, work: Path, row: dict) -> None:
         codes = mmap.mmap(-1, BATCH)
         log = work / "examples"
         log.write_text("")
-        pid = fork(lambda: mutate(kind, numbers, work, codes), log, work / "cwd")  # noqa: B023
+        batch = functools.partial(mutate, kind, numbers, work, codes)
+        pid = fork(batch, log, work / "cwd")
         status = wait(pid, PATIENCE + SECONDS * len(numbers))
         done = codes[: len(numbers)].rstrip(b"\0")
         counts = [OUTCOMES[code] for code in done]

@@ -388,15 +388,20 @@ class SmallDisk:
         return getattr(self.file, name)
 
 
+def limit_disk(monkeypatch, size):
+    """Lets checkpoint.save fail after `size` bytes."""
+    write_archive = checkpoint.write_archive
+
+    def write(contents, file):
+        write_archive(contents, SmallDisk(file, size))
+
+    monkeypatch.setattr(checkpoint, "write_archive", write)
+
+
 @pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.9, 0.999])
 def test_full_disk_leaves_the_previous_checkpoint(copied, monkeypatch, capsys, share):
     before = (copied / "last.pt").read_bytes()
-    write_archive = checkpoint.write_archive
-    monkeypatch.setattr(
-        checkpoint,
-        "write_archive",
-        lambda contents, file: write_archive(contents, SmallDisk(file, share * len(before))),
-    )
+    limit_disk(monkeypatch, share * len(before))
     sentence = refusal(capsys, "--out", copied, "--resume", "--steps", 10)
     assert "No space left on device" in sentence and "--resume" in sentence
     assert (copied / "last.pt").read_bytes() == before
@@ -406,11 +411,10 @@ def test_full_disk_leaves_the_previous_checkpoint(copied, monkeypatch, capsys, s
 def test_full_disk_at_any_byte_of_a_small_checkpoint(tmp_path):
     contents, path = {"numbers": torch.arange(3)}, tmp_path / "a.pt"
     checkpoint.save(path, contents)
-    before, original = path.read_bytes(), checkpoint.write_archive
+    before = path.read_bytes()
     for size in range(0, len(before) - 100, 7):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space"):
-            archive = lambda values, file: original(values, SmallDisk(file, size))  # noqa: B023, E731
-            patch.setattr(checkpoint, "write_archive", archive)
+            limit_disk(patch, size)
             checkpoint.save(path, contents)
         assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
