@@ -1,0 +1,344 @@
+"""evaluate.py: results against python loops, exclusion of the query's file, teachers, tables."""
+
+import functools
+import json
+import math
+from types import SimpleNamespace
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from test_metrics import Embeddings, by_hand
+
+import checkpoint
+import data
+import evaluate
+from evaluate import TestSet
+
+FEW = settings(deadline=None, max_examples=25)
+ZERO = 9  # the pixel value that stands for the coordinate 0
+# With these statistics the networks see pixel - ZERO.
+PREPROCESSING = {"mean": (ZERO / 255,) * 3, "std": (1 / 255,) * 3}
+SEEN = {"student": (1, 1, 0), "backbone": (1, 1, 1)}  # the coordinates that each embedding keeps
+TEACHERS = {"a": (0, 1, 1), "b": (1, 0, 1), "c": (1, 1, 0)}
+CHOICES = [
+    ("merged", "student"),
+    ("merged", "backbone"),
+    ("separate", "student"),
+    ("separate", "backbone"),
+    ("separate", "teacher"),
+]
+
+
+class Colours(torch.nn.Module):
+    """A model that embeds an image of one colour as that colour, in whole numbers, so that
+    neighbours are known exactly."""
+
+    def __init__(self):
+        super().__init__()
+        self.student_head = torch.nn.Parameter(torch.tensor(SEEN["student"], dtype=torch.float32))
+        self.teacher_heads = {
+            domain: functools.partial(torch.mul, torch.tensor(seen))
+            for domain, seen in TEACHERS.items()
+        }
+
+    def embed_backbone(self, images):
+        assert not self.training and not torch.is_grad_enabled()
+        return images.mean((2, 3)).round()
+
+    def embed(self, images):
+        return self.embed_backbone(images) * self.student_head
+
+
+def images_of(colours, labels, domain="a", files=None):
+    """data.TestImages of 2 x 2 pixels, each image of one colour: 3 integers from -ZERO on."""
+    pixels = np.array(colours, dtype=np.int64).reshape(-1, 1, 1, 3) + ZERO
+    pixels = pixels.repeat(2, 1).repeat(2, 2).astype(np.uint8)
+    files = None if files is None else np.array(files, dtype=np.int64)
+    return data.TestImages(data.Split(domain, "test", labels, pixels=pixels, files=files), 2)
+
+
+def same(colours, labels, domain="a"):
+    """A TestSet in which the queries are the index."""
+    images = images_of(colours, labels, domain)
+    return TestSet(images, images)
+
+
+def results_of(sets, **options):
+    return evaluate.evaluate(Colours(), sets, PREPROCESSING, **options)
+
+
+def recalls(results):
+    return [row["recall_at_1"] for row in results["domains"].values()]
+
+
+# Against python loops -----------------------------------------------------------------------------
+
+
+@st.composite
+def benchmarks(draw):
+    """{domain: (queries, index)}, each (colours, labels, files), files being numbers; index is None
+    where the queries are the index."""
+    pool = draw(st.lists(st.tuples(*[st.integers(-2, 2)] * 3), min_size=1, max_size=6))
+    label = st.integers(0, 2)
+
+    def side(labels, numbers):
+        n = draw(st.integers(1, 5))
+        parts = (st.sampled_from(pool), labels, numbers)
+        return [draw(st.lists(part, min_size=n, max_size=n)) for part in parts]
+
+    benchmark = {}
+    for domain in draw(st.permutations("abc"))[: draw(st.integers(1, 3))]:
+        first = 10 * ord(domain)
+        numbers = st.integers(first, first + 5)
+        if draw(st.booleans()):
+            colours, labels, _ = side(label, numbers)
+            queries = [colours, labels, list(range(first, first + len(labels)))]
+            benchmark[domain] = queries, None
+        else:
+            several = st.lists(label, min_size=1, max_size=2).map(tuple)
+            benchmark[domain] = side(several, numbers), side(label, numbers)
+    return benchmark
+
+
+def opened(benchmark):
+    sets = {}
+    for domain, (queries, index) in benchmark.items():
+        first = images_of(*queries[:2], domain, queries[2])
+        second = images_of(*index[:2], domain, index[2]) if index else first
+        sets[domain] = TestSet(first, second)
+    return sets
+
+
+def expected_results(benchmark, merged, embedding):
+    domains = {}
+    for domain, (queries, index) in benchmark.items():
+        seen = TEACHERS[domain] if embedding == "teacher" else SEEN[embedding]
+        searched = [  # (colour, label, domain, file) of each row of the index
+            (colour, label, other, file)
+            for other, (their_queries, their_index) in benchmark.items()
+            if merged or other == domain
+            for colour, label, file in zip(*(their_index or their_queries))
+        ]
+        colours, labels, names, files = map(list, zip(*searched))
+        exclude = [{row for row, f in enumerate(files) if f == file} for file in queries[2]]
+        exclude = [tuple(rows) for rows in exclude]
+
+        def projected(side, seen=seen):
+            return [tuple(a * b for a, b in zip(colour, seen)) for colour in side]
+
+        n = len(exclude)
+        by_loops = by_hand(
+            Embeddings(projected(queries[0]), queries[1], [domain] * n),
+            Embeddings(projected(colours), labels, names),
+            exclude,
+            5,
+        )
+        recall, mmp, _ = zip(*by_loops)
+        sizes = {"queries": n, "index": len((index or queries)[0])}
+        means = {"recall_at_1": math.fsum(recall) / n, "mmp_at_5": math.fsum(mmp) / n}
+        domains[domain] = means | sizes
+    mean = {
+        name: math.fsum(row[name] for row in domains.values()) / len(domains)
+        for name in ("recall_at_1", "mmp_at_5")
+    }
+    return {"mean": mean, "domains": domains}
+
+
+@pytest.mark.parametrize("index, embedding", CHOICES)
+@FEW
+@given(benchmark=benchmarks())
+def test_evaluate_equals_python_loops(index, embedding, benchmark):
+    found = results_of(opened(benchmark), index=index, embedding=embedding)
+    expected = expected_results(benchmark, index == "merged", embedding)
+    assert found["mean"] == pytest.approx(expected["mean"], abs=1e-12)
+    assert list(found["domains"]) == list(expected["domains"])
+    for domain, row in expected["domains"].items():
+        assert found["domains"][domain] == pytest.approx(row, abs=1e-12), domain
+
+
+# The protocol, case by case -----------------------------------------------------------------------
+
+
+def test_the_defaults_are_the_merged_index_and_the_student():
+    """To the student, which does not see z, all images are equal: the nearest is the first row, of
+    the first domain."""
+    sets = {domain: same([(1, 1, z)] * 2, [7, 7], domain) for z, domain in enumerate("cab")}
+    assert recalls(results_of(sets)) == [1, 0, 0]
+    assert recalls(results_of(sets, index="merged", embedding="student")) == [1, 0, 0]
+    assert recalls(results_of(sets, index="separate")) == [1, 1, 1]
+    assert recalls(results_of(sets, embedding="backbone")) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("index", ["merged", "separate"])
+def test_no_query_finds_itself(index):
+    """Every image is alone in its class: 0, but 1 for a query that its own row answers."""
+    colours, labels = [(1, 0, 0), (0, 1, 0), (1, 1, 0)], [4, 5, 6]
+    sets = {domain: same(colours, labels, domain) for domain in "abc"}
+    assert results_of(sets, index=index)["mean"] == {"recall_at_1": 0, "mmp_at_5": 0}
+    sets["b"] = TestSet(images_of(colours, labels, "b"), images_of(colours, labels, "b"))
+    assert recalls(results_of(sets, index="separate")) == [0, 1, 0], "other files with equal pixels"
+
+
+def test_every_row_of_the_querys_own_file_is_excluded():
+    """The index lists the query's file twice, once with another label."""
+    queries = images_of([(1, 0, 0)], [4], files=[10])
+    index = [(1, 0, 0)] * 2 + [(1, 1, 0), (0, 1, 0)]
+    for files, recall in (([10, 10, 11, 12], 0), ([10, 13, 11, 12], 1)):
+        sets = {"a": TestSet(queries, images_of(index, [4, 4, 9, 4], files=files))}
+        assert recalls(results_of(sets)) == [recall]
+
+
+def test_each_domain_has_its_own_teacher():
+    """The three images of each index are the nearest ones to the query as teachers a, b and c see
+    them; only that of the domain's own teacher is relevant."""
+    nearest = {"a": (-2, 1, 1), "b": (1, -2, 1), "c": (1, 1, -2)}
+    sets = {}
+    for domain in nearest:
+        labels = [7 if other == domain else 9 for other in nearest]
+        index = images_of(list(nearest.values()), labels, domain)
+        sets[domain] = TestSet(images_of([(1, 1, 1)], [7], domain), index)
+    assert recalls(results_of(sets, index="separate", embedding="teacher")) == [1, 1, 1]
+    assert recalls(results_of(sets, index="separate", embedding="student")) == [0, 0, 1]
+
+
+def test_results_are_plain_values_and_the_mean_is_not_rounded():
+    """Domain a: 1 of 3, domain b: 2 of 7."""
+    red = (1, 0, 0)
+    sets = {
+        "a": TestSet(images_of([red] * 3, [7, 1, 2], "a"), images_of([red], [7], "a")),
+        "b": TestSet(images_of([red] * 7, [7, 7, *range(5)], "b"), images_of([red], [7], "b")),
+    }
+    results = results_of(sets, index="separate")
+    both = pytest.approx({"recall_at_1": 13 / 42, "mmp_at_5": 13 / 42}, abs=1e-15)
+    assert results["mean"] == both
+    row = {"recall_at_1": 2 / 7, "mmp_at_5": 2 / 7, "queries": 7, "index": 1}
+    assert results["domains"]["b"] == pytest.approx(row, abs=1e-15)
+    assert json.loads(json.dumps(results)) == results
+    for row in (results["mean"], *results["domains"].values()):
+        assert {type(value) for value in row.values()} <= {int, float}
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"index": "all"}, "index is 'all': use one of merged, separate"),
+        ({"embedding": "pixels"}, "embedding is 'pixels': use one of student"),
+        ({"embedding": "teacher"}, "'teacher' with index 'merged': use index 'separate'"),
+    ],
+)
+def test_unknown_choices(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        results_of({"a": same([(1, 0, 0)], [7])}, **options)
+
+
+def test_images_that_were_skipped_do_not_count():
+    """Unreadable images are neither queries nor rows of the index."""
+    colours, labels = [(1, 0, 0), (0, 1, 0), (1, 1, 0), (2, 1, 0), (0, 1, 0)], [4, 4, 5, 5, 4]
+    kept = [0, 2, 3, 4]
+    sets = {"a": same(colours, labels), "b": same(colours, labels, "b")}
+    sets["b"].queries.split.bad_rows[1] = "truncated"
+    expected = {
+        "a": same(colours, labels),
+        "b": same([colours[i] for i in kept], [labels[i] for i in kept], "b"),
+    }
+    for index in ("merged", "separate"):
+        assert results_of(sets, index=index) == results_of(expected, index=index)
+
+
+# Embedding ----------------------------------------------------------------------------------------
+
+
+def test_images_stay_in_order_over_several_batches():
+    colours = [(x, y, z) for x in range(-9, 9) for y in range(-9, 9) for z in (-1, 1)]
+    images = images_of(colours, [0] * len(colours))
+    vectors = evaluate.embed(Colours().eval().embed_backbone, images, PREPROCESSING, "cpu")
+    assert vectors.dtype == torch.float32
+    assert vectors.tolist() == [list(colour) for colour in colours]
+
+
+def test_an_embedding_that_is_not_finite_is_an_error():
+    images = images_of([(1, 0, 0)], [7], "birds")
+    with pytest.raises(data.InputError, match="domain birds, split test, are not finite"):
+        evaluate.embed(lambda x: x.mean((2, 3)) * math.nan, images, PREPROCESSING, "cpu")
+
+
+def test_open_sets_shares_the_images_where_the_index_is_the_query_split():
+    splits = {
+        (domain, name): data.Split(domain, name, [7], pixels=np.zeros((1, 2, 2, 3), np.uint8))
+        for domain in "ab"
+        for name in ("test", "index")
+    }
+    benchmark = SimpleNamespace(
+        domains=("a", "b"),
+        split=lambda domain, name: splits[domain, name],
+        index_name=lambda domain, name: "index" if domain == "b" else name,
+    )
+    sets = evaluate.open_sets(benchmark, "test", 2)
+    assert list(sets) == ["a", "b"]
+    assert sets["a"].queries is sets["a"].index and sets["a"].queries.split is splits["a", "test"]
+    assert sets["b"].queries.split is splits["b", "test"]
+    assert sets["b"].index.split is splits["b", "index"]
+
+
+def test_the_checkpoint_names_are_offered():
+    assert evaluate.load_checkpoint is checkpoint.load
+
+
+# What is printed ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("systems", [["udon"], ["udon", "udon-joint", "usc", "backbone"]])
+def test_the_table(systems):
+    rows = {"birds": 0.25, "cars": 0.5}
+    results = {
+        system: {
+            "domains": {
+                domain: {
+                    "recall_at_1": value + number / 100,
+                    "mmp_at_5": value / 2,
+                    "queries": 1234,
+                    "index": 56,
+                }
+                for domain, value in rows.items()
+            },
+            "mean": {"recall_at_1": 0.375 + number / 100, "mmp_at_5": 0.1875},
+        }
+        for number, system in enumerate(systems)
+    }
+    lines = evaluate.table(results).splitlines()
+    if len(systems) > 1:
+        assert lines.pop(0).split() == systems
+    assert lines[0].split() == ["domain", "queries", "index", *["R@1", "mMP@5"] * len(systems)]
+    for line, start, value in zip(
+        lines[1:], (["birds", "1,234", "56"], ["cars", "1,234", "56"], ["mean"]), (25, 50, 37.5)
+    ):
+        numbers = [f"{x:.2f}" for i in range(len(systems)) for x in (value + i, value / 2)]
+        assert line.split() == start + numbers
+    assert len({len(line) for line in lines[:4]}) == 1, "columns are aligned"
+    assert "R@1: the nearest neighbour" in lines[4] and max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize(
+    "labels, noted",
+    [
+        ([0, 0, 1, 1, 2, 2, 3, 3, 4, 4], False),
+        ([0, 0, 1, 1, 2, 2, 3, 3], True),  # four classes
+        ([0, 1, 2, 3, 4, 5], True),  # no class has two images
+        ([(0, 1), (0, 2), (3, 4)], False),
+    ],
+)
+def test_a_validation_that_cannot_choose_is_noted(capsys, labels, noted):
+    images = images_of([(1, 0, 0)] * len(labels), labels, "birds")
+    evaluate.check_validation({"birds": TestSet(images, images)})
+    out = capsys.readouterr().out
+    assert ("the val split of birds has" in out) == noted, out
+
+
+def test_devices():
+    assert evaluate.find_device("cpu") == "cpu" and evaluate.find_device("auto") in ("cpu", "cuda")
+    for name in ("meta", "abacus", "cuda:99"):
+        with pytest.raises(data.InputError, match=f"--device {name} cannot be used here .*use cpu"):
+            evaluate.find_device(name)
