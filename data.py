@@ -525,6 +525,7 @@ class TrainBatches(Dataset):
     min_area  None for the paper's crop, of a fixed size; or crops of an area drawn from
               min_area..1 of the image's and an aspect ratio of 3:4 to 4:3, limited to the image,
               and resized
+    share     positions of the batch to return, where several processes divide it
     in_memory whether the decoded images are kept, which takes at most MEMORY_LIMIT bytes
     """
 
@@ -537,8 +538,10 @@ class TrainBatches(Dataset):
         *,
         antialias: bool = True,
         min_area: float | None = None,
+        share: slice = slice(None),
     ):
         self.splits, self.size, self.batch_size, self.seed = splits, size, batch_size, seed
+        self.share = share
         self.antialias, self.min_area, self.side = antialias, min_area, train_side(size)
         needed = sum(len(split) for split in splits.values()) * 3 * self.side**2
         self.in_memory = needed <= MEMORY_LIMIT
@@ -593,15 +596,16 @@ class TrainBatches(Dataset):
         step, domain = key
         split, batch = self.splits[domain], self.batch_size
         rng, rows = self._rows(step, domain)
-        boxes = zip(*self._boxes(rng))
+        boxes = list(zip(*self._boxes(rng)))
         flips = rng.random(batch) < 0.5
-        images = np.empty((batch, 3, self.size, self.size), dtype=np.uint8)
-        for position, (box, flip) in enumerate(zip(boxes, flips)):
+        positions = range(batch)[self.share]
+        images = np.empty((len(positions), 3, self.size, self.size), dtype=np.uint8)
+        for i, position in enumerate(positions):
             position_seed = (self.seed, step, position)
             rows[position], whole = self._usable(domain, rows[position], position_seed)
-            crop = self._crop(whole, *box)
-            images[position] = crop[:, :, ::-1] if flip else crop
-        return torch.from_numpy(images), torch.from_numpy(split.classes[rows])
+            crop = self._crop(whole, *boxes[position])
+            images[i] = crop[:, :, ::-1] if flips[position] else crop
+        return torch.from_numpy(images), torch.from_numpy(split.classes[rows[self.share]])
 
     def _rows(self, step, domain):
         """-> the generator of a batch, and the rows (B,) it draws."""

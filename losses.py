@@ -89,12 +89,19 @@ def logit_distillation_loss(
 
 
 def relational_distillation_loss(
-    student: Tensor, teacher: Tensor, *, scale: float = 32.0
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    scale: float = 32.0,
+    whole: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """scale x mean squared difference of the student's and the teacher's B x B cosine matrices.
 
     student  (B, S) floating point; rows of any length, normalised here
     teacher  (B, T) likewise
+    whole    student (A, S) and teacher (A, T) of a batch that is computed in parts, in which
+             `student` and `teacher` are B of the rows. The value is then the share of these rows in
+             the loss of the whole batch; its gradient is that of the whole loss.
     Range [0, 2 x scale]; 0 with zero gradient where the two matrices agree; invariant to a
     rotation of either embedding. Gradient: to `student` only.
     Raises ValueError if the batch sizes differ.
@@ -108,7 +115,13 @@ def relational_distillation_loss(
     student = F.normalize(_at_least_float32(student), dim=1)
     teacher = F.normalize(_at_least_float32(teacher).detach(), dim=1)
     with torch.autocast(student.device.type, enabled=False):
-        return scale * (student @ student.T - teacher @ teacher.T).square().mean()
+        if whole is None:
+            return scale * (student @ student.T - teacher @ teacher.T).square().mean()
+        students, teachers = (F.normalize(_at_least_float32(x).detach(), dim=1) for x in whole)
+        differences = student @ students.T - teacher @ teachers.T  # (B, A)
+        loss = scale * differences.square().sum() / students.shape[0] ** 2
+        # Each pair is in two entries of the A x A matrix, of which only one has a gradient here.
+        return loss + (loss - loss.detach())
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
