@@ -1,5 +1,5 @@
 """Checkpoints: tensors and plain Python values in a file that is written whole and read safely.
-Copy with: model.py, torch.
+Copy with: model.py, timm_backbone.py, torch.
 
     build(architecture)      -> model.UDON, untrained
     save(path, contents)     writes all of a file or nothing, with a digest of its bytes
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from model import UDON, ViT
+from timm_backbone import TimmBackbone, TimmError
 
 VERSION = 2
 BLOCK = 2**20  # bytes, read at a time
@@ -36,9 +37,17 @@ class CheckpointError(ValueError):
 
 
 def build(architecture: dict) -> UDON:
-    """The untrained model of {"backbone": arguments of ViT, "classes", "student_dim", ...}."""
+    """The untrained model of {"backbone": arguments of ViT, "classes", "student_dim", ...}.
+
+    A backbone of timm is {"timm": name, "image_size": side}.
+    """
     arguments = dict(architecture)
-    return UDON(ViT(**arguments.pop("backbone")), arguments.pop("classes"), **arguments)
+    backbone = arguments.pop("backbone")
+    if "timm" in backbone:
+        backbone = TimmBackbone(backbone["timm"], backbone["image_size"])
+    else:
+        backbone = ViT(**backbone)
+    return UDON(backbone, arguments.pop("classes"), **arguments)
 
 
 def save(path: str | os.PathLike, contents: dict) -> None:
@@ -114,6 +123,8 @@ def load(path: str | os.PathLike, device: str = "cpu") -> tuple[UDON, dict]:
             raise ValueError("the description does not fit the tensors")
         model = build(contents["architecture"])
         model.load_state_dict(contents["model"])
+    except TimmError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be built: {error}") from None
     except MALFORMED as error:
         raise CheckpointError(
             f"checkpoint {path} is incomplete ({summary(error)}): give a best.pt or last.pt as a "
@@ -135,12 +146,7 @@ def check_description(contents):
     for name, kind in KINDS.items():
         if not isinstance(contents[name], kind):
             raise TypeError(f"{name} is of type {type(contents[name]).__name__}")
-    backbone = contents["architecture"]["backbone"]
-    for name in ("image_size", "patch_size", "width", "depth", "heads"):
-        if type(backbone[name]) is not int or backbone[name] < 1:
-            raise ValueError(f"{name} of the backbone is no positive number")
-    if not 0 < backbone["norm_eps"] < 1:
-        raise ValueError("norm_eps of the backbone is not between 0 and 1")
+    check_backbone(contents["architecture"]["backbone"])
     mean, std, antialias = (contents["preprocessing"][x] for x in ("mean", "std", "antialias"))
     if not (len(mean) == len(std) == 3 and all(map(math.isfinite, (*mean, *std))) and min(std) > 0):
         raise ValueError("mean and std of the images are not three finite numbers each")
@@ -156,12 +162,24 @@ def check_description(contents):
         raise TypeError("a domain's name is no text")
 
 
+def check_backbone(backbone):
+    """Raises KeyError, TypeError or ValueError unless this can be the description of a backbone."""
+    is_timm = isinstance(backbone.get("timm"), str)
+    sizes = () if is_timm else ("patch_size", "width", "depth", "heads")
+    for name in ("image_size", *sizes):
+        if type(backbone[name]) is not int or backbone[name] < 1:
+            raise ValueError(f"{name} of the backbone is no positive number")
+    if not is_timm and not 0 < backbone["norm_eps"] < 1:
+        raise ValueError("norm_eps of the backbone is not between 0 and 1")
+
+
 def check_depth(architecture, weights):
     """Raises ValueError unless the number of layers described is that of the tensors: even empty
     layers take time and memory."""
     blocks = {name.split(".")[2] for name in weights if name.startswith("backbone.blocks.")}
     layers = [name for name in weights if name.startswith("student_head.")]
-    depth, head_layers = architecture["backbone"]["depth"], architecture["head_layers"]
+    depth = architecture["backbone"].get("depth", len(blocks))  # a name fixes that of timm's models
+    head_layers = architecture["head_layers"]
     if depth != len(blocks) or head_layers > len(layers):
         raise ValueError(f"{depth} blocks and {head_layers} head layers do not fit the tensors")
 

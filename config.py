@@ -72,6 +72,9 @@ METHODS = {
     # The backbone as it is: nothing is trained.
     "backbone": {"weights": (0.0, 0.0, 0.0, 0.0), "epochs": 0.0, "embedding": "backbone"},
 }
+MODELS = ("micro", "mini", "s16", "b16", "l16")  # sizes of the ViT
+# A model of timm comes with its weights and image size, unless these are given.
+TIMM = {"init": "timm", "image_size": 0}
 Preset = Literal["mini", "micro", "uned-s16", "uned-b16", "uned-l16"]
 Method = Literal["udon", "udon-joint", "usc", "ujc", "teachers", "distill", "backbone"]
 DEMO = ("udon-joint", "usc")  # what `python udon.py train` compares with without other options
@@ -87,8 +90,8 @@ MAY_CHANGE = (  # when a run is resumed
     *("steps", "workers", "device", "data", "out", "compare", "on_bad_image"),
 )
 LEAST = {  # the smallest value of numbers, 0 unless given
-    **dict.fromkeys(("image_size", "student_dim", "teacher_dim", "head_layers", "batch_size"), 1),
-    **dict.fromkeys(("steps", "val_every", "save_every", "period"), 1),
+    **dict.fromkeys(("student_dim", "teacher_dim", "head_layers", "batch_size"), 1),
+    **dict.fromkeys(("steps", "val_every", "save_every", "period", "accumulate"), 1),
     "margin": -math.inf,
 }
 MOST = {"head_layers": 100, "workers": 1024, "min_area": 1}
@@ -128,14 +131,16 @@ class Config:
     preset: Preset | None = None
     """Model size, starting weights and training schedule in one name: mini for most uses without a
     GPU, micro for quick trials, uned-* for the published setting with public weights (--init)."""
-    model: Literal["micro", "mini", "s16", "b16", "l16"] = "b16"
-    """Size of the ViT (published: b16); a larger one needs public weights and a GPU."""
+    model: str = "b16"
+    """Backbone: a ViT of size micro, mini, s16, b16 (published) or l16, or timm:NAME for any model
+    of the package timm; a larger one needs public weights and a GPU."""
     image_size: int = 224
-    """Side of the images in pixels (paper section 4), divisible by 16."""
+    """Side of the images in pixels (paper section 4), divisible by 16; with --model timm:NAME 0,
+    the default there, is the size at which that model was trained."""
     init: str = "scratch"
     """Initial weights of the backbone: a file of public ViT weights (published: AugReg or CLIP),
-    compact for the project's own weights of models mini and micro, or scratch for random
-    weights."""
+    compact for the project's own weights of models mini and micro, timm for those that timm
+    downloads for --model timm:NAME (the default there), or scratch for random weights."""
     init_activation: Literal["gelu_tanh", "gelu", "quick_gelu"] | None = None
     """Activation of these weights; set it when a note says that the file does not tell, for example
     to gelu for the LAION weights of open_clip."""
@@ -239,10 +244,12 @@ class Config:
         preset, method = options.get("preset"), options.get("method", "udon")
         check_value("preset", preset)
         check_value("method", method)
-        for name, value in (overlaid(preset, method) | options).items():
+        model = TIMM if str(options.get("model")).startswith("timm:") else {}
+        for name, value in (overlaid(preset, method) | model | options).items():
             value = tuple(value) if isinstance(value, list) else value
             check_value(name, value)
             object.__setattr__(self, name, value)
+        check_model(self)
         check_losses(self)
         check_evaluation(self)
 
@@ -337,6 +344,28 @@ def shown(value) -> str:
 def require(condition, problem):
     if not condition:
         raise ConfigError(problem)
+
+
+def check_model(config):
+    """Raises ConfigError for an unknown model and for options that the model does not take."""
+    is_timm, model = config.model.startswith("timm:"), f"--model is {shown(config.model)}"
+    require(
+        is_timm or config.model in MODELS,
+        f"{model}: it must be one of {', '.join(MODELS)}, or timm:NAME, such as timm:resnet50",
+    )
+    require(
+        is_timm or config.image_size > 0,
+        f"--image-size is 0 but {model}: give 1 or more, or use a model of timm",
+    )
+    require(
+        is_timm or config.init != "timm",
+        f"--init is timm but {model}: give a file of weights, or use a model of timm",
+    )
+    require(
+        not is_timm or config.init_activation is None,
+        f"--init-activation is {config.init_activation} but {model}, whose activation is fixed: "
+        "leave it out",
+    )
 
 
 def check_losses(config):

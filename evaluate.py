@@ -266,7 +266,7 @@ def report(options: argparse.Namespace) -> None:
         f"{embedding} embedding, {options.split} queries, {index} index"
     )
     images = sum(len(part) for parts in sets.values() for part in set(parts))
-    width = model.backbone.architecture["width"]
+    width = model.backbone.width
     print(f"{images:,} images; their embeddings take at most {4 * width * images / 1e6:,.0f} MB")
     results = evaluate(model, sets, preprocessing, index=index, embedding=embedding)
     for note in benchmark.notes:

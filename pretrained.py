@@ -34,7 +34,7 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -211,7 +211,8 @@ def load(
     activation: str | None = None,
     statistics: str | None = None,
 ) -> Preprocessing:
-    """Fills `vit`, a model.ViT, in place and returns the statistics that its images need.
+    """Fills `vit`, a model.ViT or a timm_backbone.TimmBackbone, in place and returns the statistics
+    that its images need.
 
     path        .npz (AugReg), .safetensors, a file for torch.load(weights_only=True) or
                 torch.jit.load, or a folder with one of WEIGHT_FILES, such as save_pretrained
@@ -222,7 +223,8 @@ def load(
     Without these, config.json (timm, transformers), preprocessor_config.json and
     open_clip_config.json beside the file are read. A warning names the recognised family and where
     activation and statistics come from; checkpoints of this project need none. Another warning says
-    that the position table was resized to the ViT's grid.
+    that the position table was resized to the ViT's grid. A TimmBackbone has an activation and,
+    unless given, statistics of its own; nothing is noted.
     Sets the ViT's activation, norm_eps and pre_norm. Heads and text towers are ignored.
     Raises WeightsError, and leaves the ViT unchanged, for files of another kind, missing or unknown
     keys, shapes other than the ViT's, and tensors that are not finite floating-point numbers.
@@ -232,6 +234,8 @@ def load(
         path = _weight_file(path)
         if statistics is not None and statistics not in STATISTICS:
             raise WeightsError(f"statistics {statistics!r} are unknown: use one of {[*STATISTICS]}")
+        if "timm" in vit.architecture:
+            return _load_timm(vit, path, activation, statistics)
         checkpoint = _read(path)
         family, weights = _recognise(checkpoint)
         notes = []
@@ -254,6 +258,22 @@ def load(
     return family.preprocessing
 
 
+def _load_timm(
+    backbone: nn.Module, path: Path, activation: str | None, statistics: str | None
+) -> Preprocessing:
+    """`load` for a timm_backbone.TimmBackbone."""
+    if activation is not None:
+        raise WeightsError(f"activation is {activation}, but {backbone.name} has its own: omit it")
+    checkpoint = _read(path, backbone.network.state_dict().keys())
+    counters = "num_batches_tracked"  # of BatchNorm, integers
+    _check_tensors({k: v for k, v in checkpoint.weights.items() if not k.endswith(counters)})
+    preprocessing = Preprocessing(*backbone.statistics)
+    if checkpoint.is_own:
+        preprocessing = _own_preprocessing(checkpoint.content, backbone.architecture["timm"])
+    backbone.fill(checkpoint.weights)
+    return preprocessing if statistics is None else STATISTICS[statistics]
+
+
 def resize_position_table(table: Tensor, grid: int) -> Tensor:
     """(1, 1 + n*n, D) -> (1, 1 + grid*grid, D) float32, by antialiased bicubic interpolation.
 
@@ -271,9 +291,10 @@ def resize_position_table(table: Tensor, grid: int) -> Tensor:
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher")  # averaged ones first
 PREFIXES = (
-    *("module.", "_orig_mod.", "model.", "backbone."),
+    *("module.", "_orig_mod.", "model.", "backbone.", "network."),
     *("vision_model.", "vit."),  # transformers
     *("params/", "opt/target/"),  # Flax, saved as npz
+    "visual.trunk.",  # open_clip around timm
 )
 CLS_REMEDY = "give weights of a network that reads the CLS token"
 
@@ -310,7 +331,8 @@ def _weight_file(path: Path) -> Path:
     )
 
 
-def _read(path: Path) -> Checkpoint:
+def _read(path: Path, names: Collection[str] = ()) -> Checkpoint:
+    """`names`: keys of the network that the weights are for; without them, a layout is found."""
     _refuse_other_formats(path)
     is_torchscript = False
     try:
@@ -341,7 +363,7 @@ def _read(path: Path) -> Checkpoint:
         raise WeightsError(
             f"not a readable weight file ({reason}): give a .npz, .safetensors, .pt or .pth file"
         ) from None
-    return _unwrap(content, is_torchscript)
+    return _unwrap(content, is_torchscript, names)
 
 
 def _refuse_other_formats(path: Path) -> None:
@@ -382,7 +404,7 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
-def _unwrap(content: Any, is_torchscript: bool) -> Checkpoint:
+def _unwrap(content: Any, is_torchscript: bool, names: Collection[str]) -> Checkpoint:
     values, wrappers = content, ()
     while isinstance(values, dict) and len(wrappers) < 4:  # a dict can contain itself
         name = next((name for name in WRAPPERS if isinstance(values.get(name), dict)), None)
@@ -400,8 +422,10 @@ def _unwrap(content: Any, is_torchscript: bool) -> Checkpoint:
         "architecture" in content or any(key.startswith("student_head.") for key in weights)
     )
     first_keys = _some(weights)
-    while _layout(weights) is None:
+    while not (weights.keys() & names if names else _layout(weights)):
         prefixes = [p for p in PREFIXES if any(key.startswith(p) for key in weights)]
+        if not prefixes and names:
+            break  # the caller may know these keys
         if not prefixes:
             raise WeightsError(
                 f"no ViT in a layout of AugReg, timm, CLIP or transformers (first keys: "
@@ -485,6 +509,8 @@ def _check_tensors(weights: dict[str, Tensor]) -> None:
 
 def _own_family(content: Any) -> Family:
     try:
+        if "timm" in content["architecture"]["backbone"]:
+            raise WeightsError("a checkpoint of a timm model: give the --model it was trained with")
         backbone, statistics = content["architecture"]["backbone"], content["preprocessing"]
         preprocessing = _preprocessing({"mean": statistics["mean"], "std": statistics["std"]})
         names = ("activation", "norm_eps", "pre_norm", "heads")
@@ -501,6 +527,18 @@ def _own_family(content: Any) -> Family:
             "best.pt or last.pt of a run as it was written"
         )
     return Family("own", activation, norm_eps, pre_norm, preprocessing, heads=heads)
+
+
+def _own_preprocessing(content: Any, name: str) -> Preprocessing:
+    """Of a checkpoint with the timm model `name` as its backbone."""
+    try:
+        is_same = content["architecture"]["backbone"]["timm"] == name
+        preprocessing = _preprocessing(content["preprocessing"]) if is_same else None
+    except (KeyError, TypeError, AttributeError):
+        preprocessing = None
+    if preprocessing is None:
+        raise WeightsError(f"not a checkpoint with timm:{name} as its backbone: give one")
+    return preprocessing
 
 
 def _describe(family: Family, wrappers: tuple[str, ...]) -> str:

@@ -180,31 +180,56 @@ def build_model(config: Config, classes: dict[str, int]) -> tuple[UDON, dict, di
     """The initial model for {domain: number of classes}, a function of the configuration
     -> model, architecture, preprocessing; the last two are part of every checkpoint."""
     architecture = {
-        "backbone": {**SIZES[config.model], "image_size": config.image_size},
+        "backbone": {**description(config.model), "image_size": config.image_size},
         "classes": classes,
         "student_dim": config.student_dim,
         "teacher_dim": config.teacher_dim if config.trains_teachers else 0,
         "head_layers": config.head_layers,
     }
-    preprocessing = pretrained.HALF
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         torch.manual_seed(config.seed)
         try:
             model = checkpoint.build(architecture)
+            preprocessing = load_initial_weights(model.backbone, config)
+        except pretrained.WeightsError:
+            raise
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        if config.init != "scratch":
-            preprocessing = pretrained.load(
-                model.backbone,
-                initial_weights(config),
-                activation=config.init_activation,
-                statistics=config.init_statistics,
-            )
     for note in notes:
         print(f"note: {note.message}")
     architecture["backbone"] = model.backbone.architecture  # with what the weights' family sets
     return model, architecture, {**preprocessing._asdict(), "antialias": config.antialias}
+
+
+def description(model: str) -> dict:
+    """The backbone that --model names, as checkpoint.build takes it."""
+    is_timm = model.startswith("timm:")
+    return {"timm": model.removeprefix("timm:")} if is_timm else SIZES[model]
+
+
+def load_initial_weights(backbone, config) -> pretrained.Preprocessing:
+    """Fills the backbone as --init says, with notes as warnings."""
+    is_timm = config.model.startswith("timm:")
+    if is_timm and backbone.interpolation != "bilinear":
+        warnings.warn(
+            f"timm resizes images for {config.model} with {backbone.interpolation} interpolation, "
+            "here they are resized with bilinear interpolation",
+            stacklevel=2,
+        )
+    if config.init == "timm":
+        backbone.download()
+    elif config.init != "scratch":
+        return pretrained.load(
+            backbone,
+            initial_weights(config),
+            activation=config.init_activation,
+            statistics=config.init_statistics,
+        )
+    if not is_timm:
+        return pretrained.HALF
+    statistics = pretrained.STATISTICS.get(config.init_statistics, backbone.statistics)
+    return pretrained.Preprocessing(*statistics)
 
 
 def initial_weights(config) -> str | Path:

@@ -69,7 +69,6 @@ COMPACT = {
     "frozen_epochs": 1,
 }
 CHOICES = {  # where the values that an option may take are defined
-    "model": model.SIZES,
     "init_activation": model.ACTIVATIONS,
     "init_statistics": pretrained.STATISTICS,
     "sampler": sampler.STRATEGIES,
@@ -174,6 +173,39 @@ def test_choices_are_those_of_the_module_that_uses_them(name):
         else:
             pending.extend(typing.get_args(kind))
     assert set(choices) == set(CHOICES[name])
+
+
+def test_sizes_of_the_vit_are_models():
+    assert set(config.MODELS) == set(model.SIZES)
+    assert all(Config(model=name).model == name for name in model.SIZES)
+
+
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+def test_a_timm_model_comes_with_its_weights_and_image_size(preset):
+    one = Config(model="timm:resnet18", preset=preset)
+    assert (one.init, one.image_size) == ("timm", 0)
+    one = Config(model="timm:resnet18", preset=preset, init="scratch", image_size=64)
+    assert (one.init, one.image_size) == ("scratch", 64)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"model": "b/16"}, ["--model is b/16", "b16", "timm:NAME"]),
+        ({"model": "timm"}, ["--model is timm", "timm:NAME"]),
+        ({"image_size": 0}, ["--image-size is 0", "b16"]),
+        ({"init": "timm"}, ["--init is timm", "b16"]),
+        (
+            {"model": "timm:resnet18", "init_activation": "gelu"},
+            ["--init-activation is gelu", "timm:resnet18"],
+        ),
+    ],
+    ids=str,
+)
+def test_options_that_are_not_the_models_are_refused(options, words):
+    with pytest.raises(ConfigError) as caught:
+        Config(**options)
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_origins_name_what_set_each_difference():

@@ -5,14 +5,21 @@ of the extra `interop`; tests of a package that is not installed are skipped."""
 import contextlib
 import functools
 import json
+import sys
 import warnings
 
 import pytest
 import torch
 from torch import nn
 
+import checkpoint
+import evaluate
 import model
 import pretrained
+import run
+import udon
+from config import Config
+from timm_backbone import TimmBackbone, TimmError
 
 SIZES = dict(image_size=32, patch_size=8, width=48, depth=2, heads=3)
 TOLERANCE = 1e-5  # absolute, on features whose entries are about 1
@@ -239,3 +246,183 @@ def test_timm(tmp_path, clip):
     with torch.inference_mode():
         assert_equal_features(vit, network(random_images()))
     assert ("timm CLIP" if clip else "timm ViT") in note
+
+
+# timm models as backbones -------------------------------------------------------------------------
+
+MODELS = ("test_vit", "test_resnet", "test_convnext", "test_efficientnet")  # timm's own, tiny
+OTHER_SIZE = 96  # theirs is 160
+
+
+def timm_network(name, **options):
+    timm = pytest.importorskip("timm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of timm, about indexing
+        network = timm.create_model(name, **options)
+    network = randomise(network)
+    for module in network.modules():  # statistics that are not 0 and 1
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    return network
+
+
+def resized(network, size):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if hasattr(network, "set_input_size"):
+            network.set_input_size(img_size=size)
+    return network
+
+
+@pytest.mark.parametrize("size", [0, OTHER_SIZE])
+@pytest.mark.parametrize("name", MODELS)
+def test_any_timm_model_is_a_backbone(tmp_path, name, size):
+    """A file with its classifier gives timm's own features, also at another image size."""
+    network = timm_network(name)
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "weights.pth")
+    backbone = TimmBackbone(name, size).eval()
+    preprocessing = pretrained.load(backbone, tmp_path / "weights.pth")
+    network.reset_classifier(0)
+    settings = network.pretrained_cfg
+    assert preprocessing == (settings["mean"], settings["std"])
+    assert backbone.architecture == {"timm": name, "image_size": size or 160}
+    images = random_images(size or 160)
+    with torch.inference_mode():
+        expected = (resized(network, size) if size else network)(images)
+    assert_equal_features(backbone, expected, images)
+    assert backbone.width == expected.shape[1]
+
+
+def test_weights_of_the_authors_are_converted_by_timm(tmp_path):
+    """DINOv2's own files name the same network with a mask token besides."""
+    network = timm_network("test_vit")
+    torch.save(network.state_dict() | {"mask_token": torch.zeros(1, 64)}, tmp_path / "weights.pth")
+    backbone = TimmBackbone("test_vit").eval()
+    pretrained.load(backbone, tmp_path / "weights.pth")
+    network.reset_classifier(0)
+    with torch.inference_mode():
+        assert_equal_features(backbone, network(random_images(160)), random_images(160))
+
+
+def test_the_trunk_of_an_open_clip_tower_is_loaded_into_a_timm_model(tmp_path):
+    network = timm_network("test_convnext", num_classes=0)
+    weights = {f"visual.trunk.{key}": value for key, value in network.state_dict().items()}
+    weights |= {"visual.head.proj.weight": torch.zeros(8, 64), "logit_scale": torch.zeros(())}
+    torch.save(weights, tmp_path / "weights.pth")
+    backbone = TimmBackbone("test_convnext").eval()
+    assert pretrained.load(backbone, tmp_path / "weights.pth", statistics="clip") == pretrained.CLIP
+    with torch.inference_mode():
+        assert_equal_features(backbone, network(random_images(160)), random_images(160))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda w: w.pop("norm.weight"), ["lacks 1 keys", "norm.weight"]),
+        (lambda w: w.update({"blocks.9.gate": torch.ones(3)}), ["has 1 keys", "blocks.9.gate"]),
+        (lambda w: w.update({"norm.weight": torch.ones(3)}), ["norm.weight", "(3,)", "(64,)"]),
+        (lambda w: w["norm.weight"].fill_(torch.nan), ["norm.weight", "NaN"]),
+        (lambda w: w.clear(), ["lacks"]),
+    ],
+    ids=["missing", "unknown", "shape", "NaN", "empty"],
+)
+def test_weights_that_do_not_fit_a_timm_model_are_refused(tmp_path, change, words):
+    weights = timm_network("test_vit").state_dict()
+    change(weights)
+    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "weights.pth")
+    backbone = TimmBackbone("test_vit")
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    with pytest.raises(pretrained.WeightsError) as caught:
+        pretrained.load(backbone, tmp_path / "weights.pth")
+    assert all(word in str(caught.value) for word in words), caught.value
+    after = backbone.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "name, size, words",
+    [
+        ("test_vitt", 0, ["timm:test_vitt is unknown", "test_vit"]),
+        ("hf-hub:org/model", 0, ["unknown"]),
+        ("", 0, ["unknown"]),
+        ("resnet18.none", 0, ["timm:resnet18.none", "none"]),
+        ("mixer_s32_224", 64, ["64 pixels", "--image-size 224"]),
+        ("test_vit", 90, ["90 pixels", "--image-size 160"]),
+    ],
+)
+def test_unusable_timm_models_are_refused(name, size, words):
+    pytest.importorskip("timm")
+    with pytest.raises(TimmError) as caught:
+        TimmBackbone(name, size)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_missing_timm_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)  # importing it raises ImportError
+    with pytest.raises(TimmError, match=r"pip install -e '\.\[interop\]'"):
+        TimmBackbone("resnet18")
+
+
+def test_batchnorm_keeps_its_statistics_in_training():
+    pytest.importorskip("timm")
+    backbone = TimmBackbone("test_resnet").train()
+    before = {key: value.clone() for key, value in backbone.named_buffers()}
+    images = random_images(160)
+    together, alone = backbone(images), backbone(images[:1])
+    assert torch.allclose(together[:1], alone, atol=TOLERANCE)
+    assert all(torch.equal(value, before[key]) for key, value in backbone.named_buffers())
+
+
+def test_weights_that_cannot_be_downloaded_are_refused(monkeypatch):
+    timm = pytest.importorskip("timm")
+
+    def unreachable(name, **options):
+        raise OSError("no network\nat all")
+
+    backbone = TimmBackbone("test_vit")
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    with pytest.raises(TimmError, match="no network.*--init FILE"):
+        backbone.download()
+
+
+def test_a_run_with_a_timm_model(tmp_path, uned):
+    """Trained, resumed, evaluated from its checkpoint, and the start of another run."""
+    pytest.importorskip("timm")
+    out, best = str(tmp_path / "run"), tmp_path / "run" / "best.pt"
+    model_options = ["--model", "timm:test_resnet", "--image-size", "32", "--init", "scratch"]
+    options = ["--data", str(uned), "--batch-size", "8", "--save-every", "1", "--val-every", "100"]
+    udon.main(["train", *model_options, *options, "--steps", "2", "--out", out])
+    contents = checkpoint.load(best)[1]
+    assert contents["architecture"]["backbone"] == {"timm": "test_resnet", "image_size": 32}
+    assert tuple(contents["preprocessing"]["mean"]) == (0.5, 0.5, 0.5)
+    evaluate.main([str(best), "--data", str(uned), "--json", str(tmp_path / "again.json")])
+    files = [tmp_path / "run" / "test.json", tmp_path / "again.json"]
+    first, second = (json.loads(file.read_text())["mean"] for file in files)
+    assert first == second
+    udon.main(["train", "--resume", "--steps", "3", "--out", out])
+    backbone = TimmBackbone("test_resnet", 32)
+    pretrained.load(backbone, best)
+    weights = torch.load(best, weights_only=True)["model"]
+    assert torch.equal(backbone.network.conv1.weight, weights["backbone.network.conv1.weight"])
+
+
+def test_a_checkpoint_of_another_backbone_is_refused(tmp_path):
+    """Its activation or its normalisation would be another."""
+    pytest.importorskip("timm")
+    vit = model.ViT(**SIZES)
+    weights = {f"backbone.{key}": value for key, value in vit.state_dict().items()}
+    content = {"model": weights, "architecture": {"backbone": vit.architecture}}
+    torch.save(content, tmp_path / "best.pt")
+    with pytest.raises(pretrained.WeightsError, match="timm:test_vit as its backbone"):
+        pretrained.load(TimmBackbone("test_vit"), tmp_path / "best.pt")
+
+
+def test_a_timm_model_of_other_interpolation_is_noted(capsys):
+    pytest.importorskip("timm")
+    options = Config(preset="mini", model="timm:test_vit", init="scratch", image_size=64)
+    udon_model, architecture, preprocessing = run.build_model(options, {"a": 3})
+    assert "bicubic" in capsys.readouterr().out
+    assert preprocessing["mean"] == (0.5, 0.5, 0.5)
+    again = checkpoint.build(architecture)
+    again.load_state_dict(udon_model.state_dict())
