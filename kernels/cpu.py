@@ -1,18 +1,15 @@
 """cosine_topk on a CPU: little more than a float32 product, and the reference's result bit for bit.
 
-    topk(queries (Q, D), index (G, D), k, exclude (Q, E) or None) -> (Q, k) int64 keys
-
 For a block of queries and a chunk of the index:
 1. Each tile of float32 scores is reduced to the maxima of groups of 16 rows, 16 tiles to the
    maxima of 16 groups. The rows of a group are a stride apart: neighbours, which are often alike,
    fall into different groups.
-2. The maxima belong to distinct rows. The (k + E)-th largest of all seen so far, less the error
-   bound of float32, is therefore not above the float32 score of any row of the result.
-3. Only groups whose maxima reach this bound are searched further. Their rows are gathered and
+2. Maxima belong to distinct rows. The (k + E)-th largest of all seen so far, less the error bound
+   of float32, is therefore not above the float32 score of any row of the result.
+3. Only groups whose maxima reach this bound are searched further: their rows are gathered and
    scored in float32, or where they are too many, their tiles are computed once more.
-In the end, the reference scores the rows that reached the bound in float64 and ranks them. The
-bound depends on blocks, chunks and threads; the result does not. A query with thousands of such
-rows is left to the reference as a whole. Copy with: the folder kernels/, torch.
+In the end, the reference scores the rows that reach the bound in float64 and ranks them. A query
+with thousands of such rows is left to the reference. Copy with: the folder kernels/, torch.
 """
 
 import functools
@@ -52,14 +49,18 @@ def topk(queries, index, k, exclude=None):
         spread = pool.map if threads > 1 else map
         normalise = _normaliser(index, spread)
         onednn = ONEDNN is not None and work >= TIMED and _onednn_is_faster()
-        chunk, memory = CHUNK // threads, _Memory()
-
-        def search(part):
-            block, rows = queries[part], None if exclude is None else exclude[part]
-            keys[part] = _Block(block, index, k, rows, normalise, onednn, memory).keys(chunk)
 
         size = -(-count // (-(-count // (BLOCK * threads)) * threads))  # an equal share each
-        list(spread(search, [slice(top, top + size) for top in range(0, count, size)]))
+        parts = iter([slice(top, top + size) for top in range(0, count, size)])
+
+        def search(_):
+            buffers = {}  # of this thread, for all its blocks
+            for part in parts:
+                excluded = None if exclude is None else exclude[part]
+                block = _Block(queries[part], index, k, excluded, normalise, onednn, buffers)
+                keys[part] = block.keys(CHUNK // threads)
+
+        list(spread(search, range(threads)))
     return keys
 
 
@@ -96,20 +97,12 @@ def _use_one_thread():
 
 @functools.cache
 def _onednn_is_faster():
-    """Whether oneDNN's product of a tile takes less time than torch.mm, which is MKL's.
-
-    It takes half the time on some AMD processors, but allocates its output at every call.
-    """
+    """Than torch.mm, which is MKL's: twice on some AMD processors, but its output is allocated."""
     rows, queries = (torch.rand(n, 64, dtype=torch.float32) for n in (TILE, BLOCK))
     columns, tile = queries.T.contiguous(), rows.new_empty(TILE, BLOCK)
-    onednn, mkl = (
-        min(timeit.repeat(product, number=1, repeat=7))
-        for product in (
-            lambda: ONEDNN(rows, queries, None, "none", [], ""),
-            lambda: torch.mm(rows, columns, out=tile),
-        )
-    )
-    return onednn < mkl
+    onednn = timeit.repeat(lambda: ONEDNN(rows, queries, None, "none", [], ""), number=1, repeat=7)
+    mkl = timeit.repeat(lambda: torch.mm(rows, columns, out=tile), number=1, repeat=7)
+    return min(onednn) < min(mkl)
 
 
 def _normaliser(index, spread):
@@ -134,17 +127,6 @@ def _normalised(rows):
     return F.normalize(reference.double(rows), dim=1, eps=1e-300).float().contiguous()
 
 
-class _Memory(threading.local):
-    """memory(name, *shape) -> float32, uninitialised: each thread's own, reused at every call."""
-
-    def __call__(self, name, *shape):
-        size, buffer = shape[0] * shape[1], getattr(self, name, None)
-        if buffer is None or buffer.numel() < size:
-            buffer = torch.empty(size, dtype=torch.float32)
-            setattr(self, name, buffer)
-        return buffer[:size].view(shape)
-
-
 class _Block:
     """A block of queries: q queries, their bounds, and the rows that reach them.
 
@@ -152,9 +134,9 @@ class _Block:
     number n belongs to tile n // stride.
     """
 
-    def __init__(self, queries, index, k, exclude, normalise, onednn, memory):
+    def __init__(self, queries, index, k, exclude, normalise, onednn, buffers):
         self.queries, self.index, self.k, self.exclude = queries, index, k, exclude
-        self.normalise, self.onednn, self.memory = normalise, onednn, memory
+        self.normalise, self.onednn, self.buffers = normalise, onednn, buffers
         self.unit = _normalised(queries)  # (q, D)
         self.columns = self.unit.T.contiguous()
         (self.count, self.width), self.total = queries.shape, len(index)
@@ -178,31 +160,32 @@ class _Block:
         tiles = -(-self.total // size)
         self.stride = -(-self.total // (tiles * FANOUT))
         self.size = self.stride * FANOUT
+        self.scores = self.buffer("scores", self.size)
         tiles = -(-self.total // self.size)
-        chunks = -(-tiles * self.size // max(chunk, 4 * FANOUT * self.needed))
-        step = -(-tiles // chunks)
+        chunk = max(chunk, 4 * FANOUT * self.needed)
+        step = -(-tiles // -(-tiles * self.size // chunk))
         for first in range(0, tiles, step):
             self.search(first, min(step, tiles - first))
         return self.ranked()
 
+    def buffer(self, name, rows):
+        """(rows, q) float32, uninitialised. The first use is the largest."""
+        size = rows * self.count
+        return self.buffers.setdefault(name, self.unit.new_empty(size))[:size].view(rows, -1)
+
     def tile(self, number):
         """Scores (size, q) of the rows of a tile, -inf beyond the last row of the index."""
         rows = self.normalise(self.index[number * self.size : (number + 1) * self.size])
-        scores = self.memory("tile", self.size, self.count)
-        if self.onednn:
-            product = ONEDNN(rows, self.unit, None, "none", [], "")
-            if len(rows) == self.size:
-                return product
-            scores[: len(rows)] = product
-        else:
-            torch.mm(rows, self.columns, out=scores[: len(rows)])
-        scores[len(rows) :] = -torch.inf
-        return scores
+        if self.onednn and len(rows) == self.size:
+            return ONEDNN(rows, self.unit, None, "none", [], "")
+        torch.mm(rows, self.columns, out=self.scores[: len(rows)])
+        self.scores[len(rows) :] = -torch.inf
+        return self.scores
 
     def search(self, first, tiles):
         """Adds the rows of consecutive tiles that reach the bounds."""
         stride, parents = self.stride, -(-tiles // FANOUT)
-        groups = self.memory("groups", parents * self.size, self.count)
+        groups = self.buffer("groups", parents * self.size)
         parts = groups.split(stride)  # of a tile each
         groups[tiles * stride :] = -torch.inf
         for i in range(tiles):

@@ -1,17 +1,15 @@
 """The definition of cosine_topk, in float64 and by brute force: the oracle of every backend.
 
     score(q, r) = rint(2^24 <q, r> / (|q| |r|)) in float64, 0 if a norm is 0. The three sums are
-        folded in an order that depends on D alone, so that the score of a pair has the same bits
-        in any block, batch or thread
-    topk(queries (Q, D), index (G, D), k, exclude (Q, E)) -> (Q, k) int64 keys, all pairs scored
-    best(queries, index, query (n,), row (n,), k, exclude) -> (Q, k) keys, the given pairs scored
+        folded in an order that depends on D alone: a pair has the same score in any block or batch
+    topk(queries (Q, D), index (G, D), k, exclude (Q, E) or None) -> (Q, k) int64 keys
+    best(queries, index, query (n,), row (n,), k, exclude) -> (Q, k) keys, the given pairs alone
     result(keys) -> scores (Q, k) float32, rows (Q, k) int64
     merged(parts, firsts, k) -> the same, from searches of consecutive parts of an index
 
-Scores are multiples of 2^-24, the spacing of float32 between 0.5 and 1: rounding errors cannot
-order equal vectors. A key packs (score, row) into one int64 that sorts as the result must: the
-score above the complement of the row. No two keys are equal, so torch.topk, which does not define
-the order of ties, has none to break. Copy with: torch only.
+Rounding errors cannot order equal vectors, since scores are multiples of 2^-24, the spacing of
+float32 between 0.5 and 1. A key packs (score, row) into one int64 that sorts as the result must:
+no two keys are equal, and torch.topk has no ties to break. Copy with: torch only.
 """
 
 import torch
@@ -68,23 +66,17 @@ def result(keys):
 
 
 def merged(parts, firsts, k):
-    """The result for an index, bit for bit, from results (scores, rows) for its parts.
-
-    Each result has at least min(k, rows left in the part) columns; `firsts` are the rows of the
-    index at which the parts begin. For an index that is distributed over GPUs or processes.
-    """
-    keys = [
-        as_keys(ONE * scores.double(), rows + first) for (scores, rows), first in zip(parts, firsts)
-    ]
+    """The result for an index from results (scores, rows) for its parts, which begin at the rows
+    `firsts` and have min(k, rows left in the part) columns or more."""
+    pairs = zip(parts, firsts)
+    keys = [as_keys(ONE * scores.double(), rows + first) for (scores, rows), first in pairs]
     return result(torch.cat(keys, dim=1).topk(k, dim=1).values)
 
 
 def _rounded(exact, queries, rows):
     """2^24 times cosines (q, m) with rounding errors of float64 -> scores. Overwrites `exact`.
-
-    queries (q, D); rows (m, D), or (q, m, D) if each query has its own. A pair whose value is too
-    close to the middle between two whole numbers to be rounded with certainty is scored anew.
-    """
+    A pair too close to the middle between two whole numbers is scored anew, from queries (q, D)
+    and rows (m, D), or (q, m, D) if each query has its own."""
     width = max(1, queries.shape[1])
     found = exact.round()
     doubtful = exact.sub_(found).abs_() > 0.5 - ONE * (2 * width + 16) * 2.0**-52
@@ -97,10 +89,8 @@ def _rounded(exact, queries, rows):
 
 
 def best(queries, index, query, row, k, exclude=None):
-    """The k best keys, descending, of each query (Q, D) among pairs (n,) of queries and rows.
-
-    The pairs are distinct and sorted by query. NOTHING where a query has fewer than k.
-    """
+    """The k best keys, descending, of each query among distinct pairs (n,) of queries and rows,
+    sorted by query. NOTHING where a query has fewer than k."""
     unit = double(queries)
     norms = torch.linalg.vector_norm(unit, dim=1)
     keys = torch.empty_like(row)
@@ -125,9 +115,7 @@ def topk(queries, index, k, exclude=None):
     """The k best keys, descending, of each query among all rows."""
     device, width = queries.device, max(1, queries.shape[1])
     keys = torch.full((len(queries), k), NOTHING, dtype=torch.int64, device=device)
-    height, length = (
-        max(1, min(block, ROWS_BLOCK // width)) for block in (QUERY_BLOCK, INDEX_BLOCK)
-    )
+    height, length = (min(n, ROWS_BLOCK // width + 1) for n in (QUERY_BLOCK, INDEX_BLOCK))
     for top in range(0, len(queries), height):
         block, kept = queries[top : top + height], keys[top : top + height]
         unit = ONE * F.normalize(double(block), dim=1, eps=1e-300)  # (q, D) float64
@@ -139,12 +127,10 @@ def topk(queries, index, k, exclude=None):
                 column = exclude[top : top + height] - left  # (q, E)
                 query, which = ((column >= 0) & (column < len(slab))).nonzero(as_tuple=True)
                 part[query, column[query, which]] = -2 * ONE
-            # Only a query whose best new score beats its k-th so far can change: at equality,
-            # the earlier row stays.
+            # Queries whose best new score beats their k-th so far. At equality, that one stays.
             changed = (part.amax(1) > (kept[:, -1] >> 32)).nonzero()[:, 0]
             if len(changed):
-                rows = torch.arange(left, left + len(slab), device=device)
-                found = as_keys(part[changed], rows)
+                found = as_keys(part[changed], torch.arange(len(slab), device=device) + left)
                 found = found.topk(min(k, len(slab)), dim=1).values
                 kept[changed] = torch.cat([kept[changed], found], dim=1).topk(k, dim=1).values
     return keys

@@ -1,8 +1,4 @@
 """Exact top-k by cosine similarity: the public call, its checks, and the choice of a backend.
-
-    cosine_topk(queries (Q, D), index (G, D), k, exclude=None (Q,) or (Q, E), backend="auto")
-        -> scores (Q, k) float32, rows (Q, k) int64
-
 reference.py defines the result; cpu.py and triton_topk.py compute it faster.
 Copy with: the folder kernels/, torch, numpy.
 """
@@ -33,26 +29,22 @@ def cosine_topk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact search: the k rows of `index` most similar to each query.
 
-    queries (Q, D), index (G, D): floating point of 16, 32 or 64 bits, any norm. Rows are
-    L2-normalised inside; a zero row has similarity 0 to every row.
-    exclude: (Q,) or (Q, E) integers, index rows that each query may not return; -1 for none.
-    backend: "torch", "triton" (a GPU or Triton's interpreter; k to 64, D to 1024) or "auto":
-    triton for queries on a GPU where k and D allow it, torch otherwise. All give the same result.
+    queries (Q, D), index (G, D): floating point of 16, 32 or 64 bits, any norm; rows are
+    L2-normalised inside. exclude: (Q,) or (Q, E) integers, index rows that each query may not
+    return, -1 for none. backend: "torch", "triton" (a GPU or Triton's interpreter, k to 64, D to
+    1024) or "auto": triton for queries on a GPU where k and D allow it, torch otherwise.
 
-    Returns scores (Q, k) float32 in [-1, 1], descending, and rows (Q, k) int64, both on the
-    queries' device. Rows of equal score are in ascending order. A score is the cosine in float64
-    rounded to a multiple of 2^-24, so that rounding errors do not order equal vectors. The result
-    does not depend on the batching of queries or the number of threads, bit for bit.
+    Returns scores (Q, k) float32 in [-1, 1], descending, and rows (Q, k) int64, on the queries'
+    device; rows of equal score ascend. A score is the cosine in float64 rounded to a multiple of
+    2^-24, 0 for a zero row. The result has the same bits for any backend, batching and threads.
 
-    A search on the CPU takes up to 128 MB beside inputs and result for D to 1024 and k to 100, and
-    4 bytes per index row. It sets torch's number of threads to 1 while it runs; a Python thread
-    that first uses torch during that time keeps the 1.
+    A search on the CPU takes up to 128 MB beside inputs and result for D to 1024 and k to 100. It
+    sets torch's number of threads to 1 while it runs; a Python thread that first uses torch in
+    the meantime keeps the 1.
     Raises ValueError for shapes, types or values that do not fit, and for k above the number of
     rows left to a query.
     """
     queries, index = _matrix("queries", queries), _matrix("index", index)
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"backend {backend!r} is unknown: use 'auto', 'torch' or 'triton'")
     if queries.shape[1] != index.shape[1]:
         raise ValueError(
             f"queries have {queries.shape[1]} dimensions, the index has {index.shape[1]}: "
@@ -69,20 +61,19 @@ def cosine_topk(
             "less the excluded ones"
         )
     search = _search(backend, queries, index, k)
-    for name, matrix in (("queries", queries), ("index", index)):
-        _check_finite(name, matrix)
+    _check_finite("queries", queries)
+    _check_finite("index", index)
+    device, default = queries.device, torch.get_default_device()
     # Worker threads may not write into tensors that were created in inference mode.
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(queries.device.type, enabled=False),
-        _default_device(queries.device),
-    ):
-        return reference.result(search(queries, index, int(k), exclude))
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with contextlib.nullcontext() if device == default else device:
+            return reference.result(search(queries, index, int(k), exclude))
 
 
 def _search(backend, queries, index, k):
     """The function that computes the keys."""
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend {backend!r} is unknown: use 'auto', 'torch' or 'triton'")
     on_gpu = queries.is_cuda
     if backend == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
@@ -97,10 +88,6 @@ def _search(backend, queries, index, k):
     return cpu.topk if queries.is_cpu and index.is_cpu else reference.topk
 
 
-def _default_device(device):
-    return contextlib.nullcontext() if torch.get_default_device() == device else device
-
-
 def _tensor(name, values):
     if isinstance(values, torch.Tensor):
         return values
@@ -111,8 +98,7 @@ def _tensor(name, values):
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"{name} cannot be converted to a tensor ({reason}): give a tensor or an array of "
-            "numbers"
+            f"{name} cannot be a tensor ({reason}): give a tensor or an array of numbers"
         ) from None
 
 
@@ -158,12 +144,9 @@ def _excluded(exclude, queries, total):
 
 
 def _check_finite(name, matrix):
-    if matrix.sum().isfinite():
-        return
-    for top in range(0, len(matrix), CHECKED):  # finite values may overflow the sum
+    finite = matrix.sum().isfinite()  # finite values may overflow the sum
+    for top in () if finite else range(0, len(matrix), CHECKED):
         wrong = (~matrix[top : top + CHECKED].isfinite().all(dim=1)).nonzero()
         if len(wrong):
-            raise ValueError(
-                f"{name} row {top + int(wrong[0])} holds a value that is not finite: "
-                "all must be finite"
-            )
+            row = top + int(wrong[0])
+            raise ValueError(f"{name} row {row} holds a value that is not finite: all must be")

@@ -1,18 +1,14 @@
 """cosine_topk in Triton: the scores never leave the chip, the reference ranks what they select.
 
-    topk(queries (Q, D), index (G, D), k, exclude (Q, E) or None, precision="tf32" | "ieee")
-        -> (Q, k) int64 keys
-
 1. select: a program holds a block of queries and their `keep` > k best rows so far, while a part
    of the index streams past in tiles. The scores of a tile (tensor cores, float32 sums, norms
    computed on the way) enter one maximum per query at a time, and only while the maximum of some
-   query beats the worst row that it holds: after the first tiles, seldom. Work that is not needed
-   for every score is postponed: the query's norm divides the kept scores at the end, and an
-   excluded row is rejected where it would enter.
+   query beats the worst row that it holds: after the first tiles, seldom. Excluded rows are
+   rejected there; the queries' norms divide the kept scores at the end.
 2. merge: the best rows of a query in all parts become its `keep` best rows.
 3. The reference scores these rows. If its k-th score is above the worst kept score by more than
-   the error bound of the precision, no other row can belong to the result. The remaining queries
-   are searched again without tf32, and if that does not suffice, by the reference.
+   the error bound of the precision, no other row can belong to the result. Other queries are
+   searched again without tf32, and if that does not suffice, by the reference.
 Copy with: the folder kernels/, torch, triton.
 """
 
@@ -41,17 +37,15 @@ PROGRAMS = 264  # at least, by splitting the index: two for each multiprocessor 
 MERGED = 4096  # rows of a query that the second kernel holds at once
 LARGEST_K, LARGEST_WIDTH = 64, 1024
 QUERIES = 2**14  # searched at a time
+HIP = bool(torch.version.hip)
 
 
 @triton.jit
 def tile(matrix, rows, inside, at, stride, step, D: tl.constexpr, BD: tl.constexpr):
     """(rows, BD): values from dimension `at` on, 0 outside. int64 offsets: G D may exceed 2^31."""
     d = at + tl.arange(0, BD).to(tl.int64)
-    return tl.load(
-        matrix + rows[:, None] * stride + d[None, :] * step,
-        mask=inside[:, None] & (d < D)[None, :],
-        other=0.0,
-    )
+    places = matrix + rows[:, None] * stride + d[None, :] * step
+    return tl.load(places, mask=inside[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -110,10 +104,8 @@ def select(
                 g_norm += squares(b)
                 scores = tl.dot(a, tl.trans(b), scores, input_precision=PRECISION)
         # Cosines times the query's norm, which does not affect the order.
-        scores = (
-            scores * (1 / tl.sqrt(tl.where(g_norm > 0, g_norm, 1.0)))[None, :]
-            + tl.where(inside, 0.0, float("-inf"))[None, :]
-        )
+        scores *= (1 / tl.sqrt(tl.where(g_norm > 0, g_norm, 1.0)))[None, :]
+        scores += tl.where(inside, 0.0, float("-inf"))[None, :]
         top = tl.max(scores, axis=1)
         # The condition repeats that of the loop: a loop around another one is not pipelined.
         if tl.max((top > worst).to(tl.int32), axis=0) > 0:
@@ -159,8 +151,6 @@ def merge(
 
 
 def topk(queries, index, k, exclude=None, precision="tf32"):
-    if precision not in ("tf32", "ieee"):
-        raise ValueError(f"precision {precision!r} is unknown: use 'tf32' or 'ieee'")
     if k > LARGEST_K or not 1 <= queries.shape[1] <= LARGEST_WIDTH:
         raise ValueError(
             f"k is {k}, and the rows have {queries.shape[1]} values: the triton backend takes k "
@@ -199,8 +189,7 @@ def _tame(rows, dtype):
     """Rows for the kernel, which takes no float64 and squared norms within float32's range."""
     parts = rows.split(2**14)  # at most 128 MB in float64
     norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts]
-    norms = torch.cat(norms)
-    tame = (norms == 0) | (norms > 1e-12) & (norms < 1e12)
+    tame = ((norms := torch.cat(norms)) == 0) | (norms > 1e-12) & (norms < 1e12)
     if dtype != torch.float64 and tame.all():
         return rows.to(dtype)
     unit = [F.normalize(reference.double(part), dim=1, eps=1e-300).float() for part in parts]
@@ -231,21 +220,10 @@ def _selected(queries, index, k, exclude, precision):
     parts = triton.cdiv(len(index), size)
     best = torch.empty(count, parts, keep, dtype=torch.float32, device=queries.device)
     rows = torch.empty(count, parts, keep, dtype=torch.int64, device=queries.device)
-    tensors = queries, index, exclude, best, rows
-    sizes = count, len(index), exclude.shape[1], size
-    select[(blocks, parts)](
-        *tensors,
-        *sizes,
-        *queries.stride(),
-        *index.stride(),
-        D=width,
-        KEEP=keep,
-        BQ=bq,
-        BG=bg,
-        BD=bd,
-        PRECISION=precision,
-        **LAUNCH["hip" if torch.version.hip else "cuda"],
-    )
+    tensors, sizes = (queries, index, exclude, best, rows), (count, len(index), exclude.shape[1])
+    constants = dict(D=width, KEEP=keep, BQ=bq, BG=bg, BD=bd, PRECISION=precision)
+    strides, launch = (*queries.stride(), *index.stride()), LAUNCH["hip" if HIP else "cuda"]
+    select[(blocks, parts)](*tensors, *sizes, size, *strides, **constants, **launch)
     kept, worst = torch.empty_like(rows[:, 0]), torch.empty_like(best[:, 0, 0])
     padded = triton.next_power_of_2(parts * keep)
     merge[(count,)](best, rows, worst, kept, parts, KEEP=keep, WIDTH=padded)
