@@ -30,6 +30,10 @@ CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.
 class ConfigError(ValueError):
     """An option that cannot be used: its value, what is allowed and the remedy, in a sentence."""
 
+    def __init__(self, message: str):
+        printable = (c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        super().__init__("".join(printable))  # values may hold line breaks
+
 
 COMPACT = {
     "image_size": 48,
@@ -337,7 +341,6 @@ def shown(value) -> str:
     if isinstance(value, int) and value.bit_length() > 1000:  # str() refuses the longest
         return "a number of hundreds of digits"
     text = " ".join(map(shown, value)) if isinstance(value, tuple) else str(value)
-    text = text if text.isprintable() else repr(text)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -431,6 +434,10 @@ def check_evaluation(config):
     require(
         config.method not in config.compare,
         f"--compare names {config.method}, which is --method: name other methods",
+    )
+    require(
+        len(set(config.compare)) == len(config.compare),
+        f"--compare is {shown(config.compare)}: name each method once",
     )
 
 

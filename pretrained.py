@@ -502,6 +502,8 @@ def _check_tensors(weights: dict[str, Tensor]) -> None:
             problem = f"has shape {tuple(value.shape)}, but fewer values in the file"
         elif not value.float().isfinite().all():
             problem = "has NaN or infinite values"
+        elif value.ndim and not value.shape[-1]:
+            problem = f"has shape {tuple(value.shape)}"
         else:
             continue
         raise WeightsError(f"{key} {problem}: dense, finite floating-point weights are needed")
