@@ -27,8 +27,7 @@ ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # torch.compile's
 FANOUT = 16  # rows in a group, groups in a group of groups
 TILE, BLOCK = 1024, 512  # index rows and queries of a tile: 2 MB of float32 scores
 CHUNK = 2**18  # index rows of a chunk, over all threads: 36 MB of maxima
-WHOLE = 2**22  # scores: with so many or fewer, the index is a single tile
-PREPARED = 2**23  # values, 32 MB: rows of a tile that must be normalised
+PREPARED = 2**23  # values, 32 MB: rows of a tile, which few queries make longer
 GATHERED = 2**18  # values, 1 MB: rows that are gathered at a time
 GATHERING = 32  # rows of a product that cost as much as one gathered row
 SURVIVORS = 2048  # rows per query, and 16 k more, that the reference scores one by one
@@ -38,10 +37,10 @@ THREADED, TIMED = 2**24, 2**30  # multiplications worth threads, worth choosing 
 _entering, _inside = threading.Lock(), []  # of _single_threaded
 
 
-def topk(queries, index, k, exclude=None):
+def topk(queries, index, k, exclude):
     (count, width), total = queries.shape, len(index)
-    work = count * total * width
-    if work <= FEW:
+    work, needed = count * total * width, min(total, k + exclude.shape[1])
+    if work <= FEW or 2 * FANOUT * needed > total:
         return reference.topk(queries, index, k, exclude)
     keys = torch.empty(count, k, dtype=torch.int64)
     with _single_threaded() as threads, ThreadPoolExecutor(threads, "", _use_one_thread) as pool:
@@ -49,16 +48,15 @@ def topk(queries, index, k, exclude=None):
         spread = pool.map if threads > 1 else map
         normalise = _normaliser(index, spread)
         onednn = ONEDNN is not None and work >= TIMED and _onednn_is_faster()
-
+        chunk = max(CHUNK // threads, 4 * FANOUT * needed)  # index rows
         size = -(-count // (-(-count // (BLOCK * threads)) * threads))  # an equal share each
         parts = iter([slice(top, top + size) for top in range(0, count, size)])
 
         def search(_):
             buffers = {}  # of this thread, for all its blocks
             for part in parts:
-                excluded = None if exclude is None else exclude[part]
-                block = _Block(queries[part], index, k, excluded, normalise, onednn, buffers)
-                keys[part] = block.keys(CHUNK // threads)
+                block = _Block(queries[part], index, k, exclude[part], normalise, onednn, buffers)
+                keys[part] = block.keys(chunk)
 
         list(spread(search, range(threads)))
     return keys
@@ -66,11 +64,8 @@ def topk(queries, index, k, exclude=None):
 
 @contextmanager
 def _single_threaded():
-    """Products of full precision on one thread each. Yields the number of threads before.
-
-    Both settings belong to the process: the first search to enter changes them, the last one to
-    leave restores them.
-    """
+    """Products of full precision on one thread each. Yields the number of threads before. The
+    settings are the process's: the first search to enter changes them, the last restores them."""
     product = torch.backends.mkldnn.matmul
     with _entering:
         if not _inside:
@@ -128,11 +123,8 @@ def _normalised(rows):
 
 
 class _Block:
-    """A block of queries: q queries, their bounds, and the rows that reach them.
-
-    A tile is `size` rows of the index; a group, 16 of them that are `stride` rows apart. Group
-    number n belongs to tile n // stride.
-    """
+    """A block of queries: q queries, their bounds, and the rows that reach them. A tile is `size`
+    rows of the index; a group, 16 of them that are `stride` rows apart."""
 
     def __init__(self, queries, index, k, exclude, normalise, onednn, buffers):
         self.queries, self.index, self.k, self.exclude = queries, index, k, exclude
@@ -140,29 +132,17 @@ class _Block:
         self.unit = _normalised(queries)  # (q, D)
         self.columns = self.unit.T.contiguous()
         (self.count, self.width), self.total = queries.shape, len(index)
-        self.needed = min(self.total, k + (0 if exclude is None else exclude.shape[1]))
-        self.error = (3 * self.width + 40) * 2.0**-24  # of a difference of float32 scores
-        self.limit = SURVIVORS + 16 * k
         self.best = self.unit.new_empty(self.count, 0)  # (q, k + E) largest maxima
-        self.bounds = self.unit.new_empty(self.count)
         self.counts = torch.zeros(self.count, dtype=torch.int64)  # rows that reach the bound
+        self.limit = SURVIVORS + 16 * k
         self.found = []  # query * 2^32 + row
 
     def keys(self, chunk):
-        """(q, k). A chunk is about so many index rows, or more if k is large."""
-        fits = self.normalise is _unchanged or self.index.numel() <= PREPARED
-        if self.count * self.total <= WHOLE and fits:
-            size = self.total
-        elif 2 * FANOUT * self.needed > self.total:
-            return reference.topk(self.queries, self.index, self.k, self.exclude)
-        else:
-            size = min(TILE * max(1, BLOCK // self.count), max(TILE, PREPARED // self.width))
+        size = min(TILE * max(1, BLOCK // self.count), max(TILE, PREPARED // self.width))
         tiles = -(-self.total // size)
         self.stride = -(-self.total // (tiles * FANOUT))
         self.size = self.stride * FANOUT
-        self.scores = self.buffer("scores", self.size)
         tiles = -(-self.total // self.size)
-        chunk = max(chunk, 4 * FANOUT * self.needed)
         step = -(-tiles // -(-tiles * self.size // chunk))
         for first in range(0, tiles, step):
             self.search(first, min(step, tiles - first))
@@ -178,53 +158,53 @@ class _Block:
         rows = self.normalise(self.index[number * self.size : (number + 1) * self.size])
         if self.onednn and len(rows) == self.size:
             return ONEDNN(rows, self.unit, None, "none", [], "")
-        torch.mm(rows, self.columns, out=self.scores[: len(rows)])
-        self.scores[len(rows) :] = -torch.inf
-        return self.scores
+        scores = self.buffer("scores", self.size)
+        torch.mm(rows, self.columns, out=scores[: len(rows)])
+        scores[len(rows) :] = -torch.inf
+        return scores
 
     def search(self, first, tiles):
         """Adds the rows of consecutive tiles that reach the bounds."""
-        stride, parents = self.stride, -(-tiles // FANOUT)
+        parents, needed = -(-tiles // FANOUT), min(self.total, self.k + self.exclude.shape[1])
         groups = self.buffer("groups", parents * self.size)
-        parts = groups.split(stride)  # of a tile each
-        groups[tiles * stride :] = -torch.inf
+        parts = groups.split(self.stride)  # of a tile each
+        groups[tiles * self.stride :] = -torch.inf
         for i in range(tiles):
-            tile = self.tile(first + i)
-            torch.amax(tile.view(FANOUT, stride, -1), 0, out=parts[i])
-        if self.size >= self.total:  # a single tile
-            self.raise_bounds(parts[0] if stride >= 2 * self.needed else tile)
-            return self.read(0, tile, parts[0])
-        supergroups = groups.view(parents, FANOUT, stride, -1).amax(1).flatten(0, 1)
-        self.raise_bounds(supergroups if len(supergroups) >= 4 * self.needed else groups)
+            torch.amax(self.tile(first + i).view(FANOUT, self.stride, -1), 0, out=parts[i])
+        supergroups = groups.view(parents, FANOUT, self.stride, -1).amax(1).flatten(0, 1)
+        maxima = supergroups if len(supergroups) >= 4 * needed else groups
+        self.best = torch.cat([self.best, maxima.T], dim=1).topk(needed, dim=1).values
+        error = (3 * self.width + 40) * 2.0**-24  # of a difference of float32 scores
+        bounds = (self.best[:, -1].double() - error).clamp(min=-2).float()  # above -inf
+        self.bounds = bounds.masked_fill_(self.counts > self.limit, torch.inf)
         most = tiles * self.size * self.count // (FANOUT * GATHERING)  # groups worth gathering
-        node, query = (supergroups >= self.bounds).nonzero(as_tuple=True)
-        if len(node) <= most:
-            node = self.members(node)  # (n, 16)
-            reached = groups[node, query[:, None]] >= self.bounds[query, None]
+        group, query = (supergroups >= self.bounds).nonzero(as_tuple=True)
+        if len(group) <= most:
+            group = self.members(group)  # (n, 16)
+            reached = groups[group, query[:, None]] >= self.bounds[query, None]
             parent, member = reached.nonzero(as_tuple=True)
-            node, query = node[parent, member], query[parent]
-        if len(node) <= most:
-            return self.gather(first, node, query)
+            group, query = group[parent, member], query[parent]
+        if len(group) <= most:
+            return self.gather(first * self.size, group, query)
         for i in range(tiles):
-            if (parts[i] >= self.bounds).any():
-                self.read(first + i, self.tile(first + i), parts[i])
+            group, query = (parts[i] >= self.bounds).nonzero(as_tuple=True)
+            if len(group):
+                tile = self.tile(first + i).view(FANOUT, self.stride, -1)
+                scores = tile[:, group, query]  # (16, n)
+                member, pair = (scores >= self.bounds[query]).nonzero(as_tuple=True)
+                row = (first + i) * self.size + member * self.stride + group[pair]
+                self.add(query[pair], row)
 
     def members(self, nodes):
         """(n,) -> (n, 16): rows of groups, or groups of groups."""
         firsts = nodes // self.stride * self.size + nodes % self.stride
         return firsts[:, None] + self.stride * torch.arange(FANOUT)
 
-    def raise_bounds(self, maxima):
-        """With maxima (n, q) of distinct rows."""
-        self.best = torch.cat([self.best, maxima.T], dim=1).topk(self.needed, dim=1).values
-        bounds = (self.best[:, -1].double() - self.error).clamp(min=-2)  # above -inf
-        self.bounds = bounds.float().masked_fill_(self.counts > self.limit, torch.inf)
-
-    def gather(self, first, groups, queries):
-        """Adds the rows of pairs (n,) of groups, counted from a tile's first, and queries."""
+    def gather(self, left, groups, queries):
+        """Adds rows of pairs (n,) of groups, of a chunk that begins at row `left`, and queries."""
         step = max(1, GATHERED // (FANOUT * self.width))
         for group, query in zip(groups.split(step), queries.split(step)):
-            rows = (self.members(group) + first * self.size).flatten()  # (16 n,)
+            rows = (self.members(group) + left).flatten()  # (16 n,)
             near = self.index.index_select(0, rows.clamp(max=self.total - 1))
             near = self.normalise(near).view(-1, FANOUT, self.width)
             scores = torch.bmm(self.unit.index_select(0, query)[:, None], near.mT)[:, 0]
@@ -232,26 +212,18 @@ class _Block:
             found = (reached.flatten() & (rows < self.total)).nonzero()[:, 0]
             self.add(query[found // FANOUT], rows[found])
 
-    def read(self, number, tile, groups):
-        """Adds the rows of a tile (size, q), whose groups' maxima are given, (stride, q)."""
-        group, query = (groups >= self.bounds).nonzero(as_tuple=True)
-        scores = tile.view(FANOUT, self.stride, -1)[:, group, query]  # (16, n)
-        member, pair = (scores >= self.bounds[query]).nonzero(as_tuple=True)
-        self.add(query[pair], number * self.size + member * self.stride + group[pair])
-
     def add(self, query, row):
         self.found.append((query << 32) + row)
         self.counts += torch.bincount(query, minlength=self.count)
-        if self.counts.max() > self.limit:  # these queries are left to the reference
-            self.bounds[self.counts > self.limit] = torch.inf
+        self.bounds[self.counts > self.limit] = torch.inf  # left to the reference
 
     def ranked(self):
         pairs = torch.cat(self.found).sort().values
-        pairs = pairs[(self.counts <= self.limit)[pairs >> 32]]
+        many = self.counts > self.limit
+        pairs = pairs[~many[pairs >> 32]]
         query, row = pairs >> 32, pairs & (2**32 - 1)
         keys = reference.best(self.queries, self.index, query, row, self.k, self.exclude)
-        many = (self.counts > self.limit).nonzero()[:, 0]
-        if len(many):
-            exclude = None if self.exclude is None else self.exclude[many]
-            keys[many] = reference.topk(self.queries[many], self.index, self.k, exclude)
+        if many.any():
+            rest = self.queries[many], self.index, self.k, self.exclude[many]
+            keys[many] = reference.topk(*rest)
         return keys

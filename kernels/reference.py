@@ -2,7 +2,7 @@
 
     score(q, r) = rint(2^24 <q, r> / (|q| |r|)) in float64, 0 if a norm is 0. The three sums are
         folded in an order that depends on D alone: a pair has the same score in any block or batch
-    topk(queries (Q, D), index (G, D), k, exclude (Q, E) or None) -> (Q, k) int64 keys
+    topk(queries (Q, D), index (G, D), k, exclude (Q, E)) -> (Q, k) int64 keys
     best(queries, index, query (n,), row (n,), k, exclude) -> (Q, k) keys, the given pairs alone
     result(keys) -> scores (Q, k) float32, rows (Q, k) int64
     merged(parts, firsts, k) -> the same, from searches of consecutive parts of an index
@@ -88,7 +88,7 @@ def _rounded(exact, queries, rows):
     return found
 
 
-def best(queries, index, query, row, k, exclude=None):
+def best(queries, index, query, row, k, exclude):
     """The k best keys, descending, of each query among distinct pairs (n,) of queries and rows,
     sorted by query. NOTHING where a query has fewer than k."""
     unit = double(queries)
@@ -102,7 +102,7 @@ def best(queries, index, query, row, k, exclude=None):
         exact = ONE * (unit.index_select(0, q) * wide).sum(1) / both.masked_fill_(both == 0, 1)
         exact = _rounded(exact[:, None], queries.index_select(0, q), near[:, None])
         out.copy_(as_keys(exact[:, 0], r))
-    for column in () if exclude is None else exclude.T:
+    for column in exclude.T:
         keys[column[query] == row] = NOTHING
     counts = torch.bincount(query, minlength=len(queries))
     columns = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
@@ -111,7 +111,7 @@ def best(queries, index, query, row, k, exclude=None):
     return table.topk(k, dim=1).values
 
 
-def topk(queries, index, k, exclude=None):
+def topk(queries, index, k, exclude):
     """The k best keys, descending, of each query among all rows."""
     device, width = queries.device, max(1, queries.shape[1])
     keys = torch.full((len(queries), k), NOTHING, dtype=torch.int64, device=device)
@@ -123,10 +123,9 @@ def topk(queries, index, k, exclude=None):
             slab = index[left : left + length].to(device)
             exact = unit @ F.normalize(double(slab), dim=1, eps=1e-300).T  # (q, g)
             part = _rounded(exact, block, slab)
-            if exclude is not None:
-                column = exclude[top : top + height] - left  # (q, E)
-                query, which = ((column >= 0) & (column < len(slab))).nonzero(as_tuple=True)
-                part[query, column[query, which]] = -2 * ONE
+            column = exclude[top : top + height] - left  # (q, E)
+            query, which = ((column >= 0) & (column < len(slab))).nonzero(as_tuple=True)
+            part[query, column[query, which]] = -2 * ONE
             # Queries whose best new score beats their k-th so far. At equality, that one stays.
             changed = (part.amax(1) > (kept[:, -1] >> 32)).nonzero()[:, 0]
             if len(changed):

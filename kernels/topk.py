@@ -81,6 +81,11 @@ def _search(backend, queries, index, k):
             "or TRITON_INTERPRET=1 in the environment; use 'auto' or 'torch'"
         )
     suits_triton = k <= TRITON_K and 1 <= queries.shape[1] <= TRITON_WIDTH
+    if backend == "triton" and not suits_triton:
+        raise ValueError(
+            f"k is {k}, and the rows have {queries.shape[1]} values: the triton backend takes k "
+            f"to {TRITON_K} and 1 to {TRITON_WIDTH} values; use backend 'torch'"
+        )
     if backend == "triton" or backend == "auto" and on_gpu and suits_triton:
         from kernels import triton_topk  # slow to import, and not available on every system
 
@@ -115,9 +120,8 @@ def _matrix(name, values):
 
 
 def _excluded(exclude, queries, total):
-    """-> exclude (Q, E) int64 or None, and the number of index rows left to every query."""
-    if exclude is None:
-        return None, total
+    """-> exclude (Q, E) int64, and the number of index rows left to every query."""
+    exclude = queries.new_empty(len(queries), 0, dtype=torch.int64) if exclude is None else exclude
     rows = _tensor("exclude", exclude).to(queries.device)
     rows = rows if rows.numel() else rows.long()  # an empty list is of floats
     integers = not (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool)
@@ -129,18 +133,16 @@ def _excluded(exclude, queries, total):
         )
     lowest = 0 if rows.dtype == torch.uint64 else -1  # uint64 wraps around to negative numbers
     rows = rows.long() if rows.ndim == 2 else rows.long()[:, None]
-    outside = (rows < lowest) | (rows >= total)
-    if outside.any():
+    outside = rows[(rows < lowest) | (rows >= total)]
+    if len(outside):
         raise ValueError(
-            f"exclude holds {int(rows[outside][0])}: it must hold rows of the index, 0 to "
-            f"{total - 1}, or -1"
+            f"exclude holds {int(outside[0])}: it must hold rows of the index, 0 to {total - 1}, "
+            "or -1"
         )
-    if not rows.numel():
-        return None, total
     ordered = rows.sort(dim=1).values
-    new = ordered >= 0
-    new[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
-    return rows, total - int(new.sum(1).max())
+    distinct = ordered >= 0
+    distinct[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
+    return rows, total - int(distinct.sum(1).max() if len(rows) else 0)
 
 
 def _check_finite(name, matrix):

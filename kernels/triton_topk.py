@@ -35,7 +35,6 @@ LAUNCH = {  # 256 threads; without maxnreg ptxas may spill to fit two programs o
 FEW = 32  # kept rows
 PROGRAMS = 264  # at least, by splitting the index: two for each multiprocessor of an H100
 MERGED = 4096  # rows of a query that the second kernel holds at once
-LARGEST_K, LARGEST_WIDTH = 64, 1024
 QUERIES = 2**14  # searched at a time
 HIP = bool(torch.version.hip)
 
@@ -150,14 +149,7 @@ def merge(
     tl.store(worst + q, top)
 
 
-def topk(queries, index, k, exclude=None, precision="tf32"):
-    if k > LARGEST_K or not 1 <= queries.shape[1] <= LARGEST_WIDTH:
-        raise ValueError(
-            f"k is {k}, and the rows have {queries.shape[1]} values: the triton backend takes k "
-            f"to {LARGEST_K} and 1 to {LARGEST_WIDTH} values; use backend 'torch'"
-        )
-    if exclude is None:
-        exclude = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+def topk(queries, index, k, exclude, precision="tf32"):
     keys = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     dtype = queries.dtype if queries.dtype == index.dtype else torch.float32
     tame_index = _tame(index.to(queries.device), dtype)
@@ -171,11 +163,10 @@ def topk(queries, index, k, exclude=None, precision="tf32"):
         for attempt in ("tf32", "ieee") if uses_tf32 else (precision,):
             kept, worst = _selected(tame_block[unsure], tame_index, k, excluded[unsure], attempt)
             query, slot = (kept >= 0).nonzero(as_tuple=True)
-            pairs = query, kept[query, slot]
-            found = reference.best(block[unsure], index, *pairs, k, excluded[unsure])
+            row = kept[query, slot]
+            found = reference.best(block[unsure], index, query, row, k, excluded[unsure])
             keys[top + unsure] = found
-            # Error bound of 2^24 scores: of the sums, and of tf32, which cuts both values of a
-            # product to 10 bits.
+            # Of 2^24 scores, by the sums, and by tf32, which cuts both factors to 10 bits.
             error = 3 * queries.shape[1] + 40 + 2.0**15 * (uses_tf32 and attempt == "tf32")
             unsure = unsure[(found[:, -1] >> 32) <= worst.double() * ONE + error]
             if not len(unsure):
@@ -207,8 +198,7 @@ def _tile_sizes(kind, width, easy):
 
 
 def _selected(queries, index, k, exclude, precision):
-    """-> rows (q, keep) int64, -1 for none, and (q,) the worst of their scores, -inf if the rows
-    that are not excluded are all among them."""
+    """-> rows (q, keep) int64, -1 for none, and (q,) the worst of their scores."""
     (count, width), exclude = queries.shape, exclude.contiguous()
     keep = triton.next_power_of_2(k + 8)
     easy = keep <= FEW and _aligned(queries) and _aligned(index)

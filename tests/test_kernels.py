@@ -57,9 +57,9 @@ def reference_blocks(queries, rows):
 
 
 @contextmanager
-def small_blocks(tile=64, block=7, chunk=200, whole=0, **others):
+def small_blocks(tile=64, block=7, chunk=200, **others):
     """Makes a small search cross the borders of tiles, blocks of queries and chunks."""
-    sizes = {"FEW": 0, "TILE": tile, "BLOCK": block, "CHUNK": chunk, "WHOLE": whole, **others}
+    sizes = {"FEW": 0, "TILE": tile, "BLOCK": block, "CHUNK": chunk, **others}
     with patch.multiple(cpu, **sizes):
         yield
 
@@ -129,8 +129,9 @@ def same_bits(found, expected):
 
 
 def by_reference(queries, index, k, exclude=None):
-    if exclude is not None and exclude.ndim == 1:
-        exclude = exclude[:, None]
+    if exclude is None:
+        exclude = torch.empty(len(queries), 0, dtype=torch.int64)
+    exclude = exclude[:, None] if exclude.ndim == 1 else exclude
     return reference.result(reference.topk(queries, index, k, exclude))
 
 
@@ -383,7 +384,7 @@ def test_norms_from_1e_minus_30_to_1e30(seed, dtype, by_groups, data):
     queries, index = random_search(seed, 3, 11, 5, torch.float64)
     exponents = data.draw(st.lists(st.floats(-30, 30), min_size=14, max_size=14))
     scale = 10 ** torch.tensor(exponents, dtype=torch.float64)[:, None]
-    with small_blocks(whole=2**22) if by_groups else reference_blocks(1, 3):
+    with small_blocks(tile=16) if by_groups else reference_blocks(1, 3):
         check((queries * scale[:3]).to(dtype), (index * scale[3:]).to(dtype), 11)
 
 
@@ -479,7 +480,7 @@ def test_permuting_the_index_permutes_the_rows(seed, order, by_groups):
     exclude = torch.tensor([0, 3, -1, 24, 7, -1])
     scores, rows = cosine_topk(queries, index, 5, exclude=exclude)
     moved = torch.where(exclude < 0, -1, order.argsort()[exclude])
-    with small_blocks(tile=16, whole=2**22) if by_groups else reference_blocks(2, 3):
+    with small_blocks(tile=16) if by_groups else reference_blocks(2, 3):
         new_scores, new_rows = cosine_topk(queries, index[order], 5, exclude=moved)
     assert same_bits((new_scores, order[new_rows]), (scores, rows))
 
@@ -555,7 +556,7 @@ def test_the_cpu_algorithm_equals_the_reference(data):
         "tile": one_of(16, 64, 1024),
         "block": one_of(1, 7, 512),
         "chunk": one_of(1, 700, 2**18),
-        "whole": one_of(0, 2**22),
+        "PREPARED": one_of(0, 2**23),
         "GATHERING": one_of(1, 32, 2**20),  # every tile is computed again, some, none
         "SURVIVORS": one_of(-600, 30, 2048),
         "ONEDNN": one_of(None, cpu.ONEDNN),
@@ -570,7 +571,7 @@ def test_the_cpu_algorithm_equals_the_reference(data):
 @pytest.mark.parametrize(
     "q, g, d, k, threads",
     (
-        (300, 3000, 16, 6, 1),  # the index is a single tile
+        (300, 3000, 16, 6, 1),
         (600, 9001, 16, 6, 2),  # several tiles, the last one incomplete; two blocks
         (520, 9001, 16, 130, 1),  # k above a quarter of the groups of groups
     ),

@@ -58,7 +58,12 @@ def random_search(q, g, d, dtype=torch.float32):
     return [torch.randn(n, d, generator=generator).to(dtype) for n in (q, g)]
 
 
+def no_exclusion(queries):
+    return torch.empty(len(queries), 0, dtype=torch.int64)
+
+
 def equals_reference(module, queries, index, k, exclude=None, precision="ieee"):
+    exclude = no_exclusion(queries) if exclude is None else exclude
     found = module.topk(queries, index, k, exclude, precision)
     return torch.equal(found, reference.topk(queries, index, k, exclude))
 
@@ -163,16 +168,17 @@ def test_an_uncertain_search_is_repeated_more_precisely(
         triton_topk, "_selected", lambda *args: selections.append(len(args[0])) or selected(*args)
     )
     monkeypatch.setattr(reference, "topk", lambda *args: whole.append(len(args[0])) or topk(*args))
-    found = triton_topk.topk(queries, index, 5)
+    none = no_exclusion(queries)
+    found = triton_topk.topk(queries, index, 5, none)
     assert selections == products and sum(whole) == references
-    assert torch.equal(found, topk(queries, index, 5))
+    assert torch.equal(found, topk(queries, index, 5, none))
 
 
 @interpreted
 @pytest.mark.parametrize("kind", ("one", "every second", "expanded", "several"))
 def test_exclusion(kind):
     queries, index = random_search(6, 90, 8)
-    best = reference.result(reference.topk(queries, index, 3))[1]  # (6, 3)
+    best = reference.result(reference.topk(queries, index, 3, no_exclusion(queries)))[1]  # (6, 3)
     exclude = {
         "one": best[:, 0],
         "every second": torch.arange(12).view(6, 2)[:, :1],
@@ -265,7 +271,7 @@ def test_a_broken_kernel_is_noticed(tmp_path, right, wrong):
     order = torch.randperm(1025, generator=torch.Generator().manual_seed(0))
     index *= torch.linspace(1, 5, 1025)[order][:, None]
     index[-1] = queries[0]
-    nearest = reference.result(reference.topk(queries, index, 2))[1]
+    nearest = reference.result(reference.topk(queries, index, 2, no_exclusion(queries)))[1]
     searches = (
         (queries, index, nearest[:, :1]),
         (queries, index, nearest),
