@@ -237,7 +237,7 @@ def load(
         if "timm" in vit.architecture:
             return _load_timm(vit, path, activation, statistics)
         checkpoint = _read(path)
-        family, weights = _recognise(checkpoint)
+        family, weights = recognise(checkpoint)
         notes = []
         if not checkpoint.is_own:
             family = _with_configs(family, path, width=weights["cls_token"].numel())
@@ -248,12 +248,12 @@ def load(
             family = family._replace(preprocessing=preprocessing, preprocessing_source="given")
         if not checkpoint.is_own:
             notes.append(_describe(family, checkpoint.wrappers))
-        notes += _fit(vit, weights, family)
+        notes += fit(vit, weights, family)
         for note in notes:
             warnings.warn(f"{path}: {note}", stacklevel=2)
         vit.set_family(family.activation, family.norm_eps, family.pre_norm)
     except ValueError as error:  # WeightsError, or the ViT's own
-        raise WeightsError(_message(path, error)) from None
+        raise WeightsError(message(path, error)) from None
     vit.load_state_dict(weights)
     return family.preprocessing
 
@@ -266,7 +266,7 @@ def _load_timm(
         raise WeightsError(f"activation is {activation}, but {backbone.name} has its own: omit it")
     checkpoint = _read(path, backbone.network.state_dict().keys())
     counters = "num_batches_tracked"  # of BatchNorm, integers
-    _check_tensors({k: v for k, v in checkpoint.weights.items() if not k.endswith(counters)})
+    check_tensors({k: v for k, v in checkpoint.weights.items() if not k.endswith(counters)})
     preprocessing = Preprocessing(*backbone.statistics)
     if checkpoint.is_own:
         preprocessing = _own_preprocessing(checkpoint.content, backbone.architecture["timm"])
@@ -308,9 +308,9 @@ WEIGHT_FILES = (  # in a folder of transformers, open_clip or timm
 class Checkpoint(NamedTuple):
     content: Any  # the whole file
     weights: dict[str, Tensor]  # without wrappers and prefixes
-    wrappers: tuple[str, ...]  # around the weights, outermost first
-    is_torchscript: bool
-    is_own: bool  # a checkpoint of udon.py
+    wrappers: tuple[str, ...] = ()  # around the weights, outermost first
+    is_torchscript: bool = False
+    is_own: bool = False  # a checkpoint of udon.py
 
 
 def _weight_file(path: Path) -> Path:
@@ -383,7 +383,10 @@ def _refuse_other_formats(path: Path) -> None:
         raise WeightsError("this is a web page: download the file that the page links to")
     is_msgpack = re.match(rb"([\x81-\x8f]|\xde..|\xdf....)[\xa1-\xbf\xd9]", head, re.DOTALL)
     if is_msgpack or path.suffix == ".msgpack":
-        raise WeightsError("this is Flax msgpack: give the model's PyTorch or .npz weights")
+        raise WeightsError(
+            "this is Flax msgpack: give the model's PyTorch or .npz weights; python "
+            "flax_weights.py converts the official checkpoints of UDON and UnED"
+        )
     if head.startswith(b"\x89HDF"):
         raise WeightsError("this is HDF5, from Keras: give the model's PyTorch or .npz weights")
 
@@ -449,8 +452,8 @@ def _layout(weights: dict[str, Tensor]) -> str | None:
 # ---- recognising the family ----------------------------------------------------------------------
 
 
-def _recognise(checkpoint: Checkpoint) -> tuple[Family, dict[str, Tensor]]:
-    """The family, and the backbone's tensors under timm's names."""
+def recognise(checkpoint: Checkpoint) -> tuple[Family, dict[str, Tensor]]:
+    """The family, and the backbone's tensors under timm's names. Raises WeightsError."""
     name = _layout(checkpoint.weights)
     layout = LAYOUTS[name]
     weights = {
@@ -462,7 +465,7 @@ def _recognise(checkpoint: Checkpoint) -> tuple[Family, dict[str, Tensor]]:
         raise WeightsError(f"there is no CLS token, {layout.cls_token}: {CLS_REMEDY}")
     if pooling := [key for key in weights if key.startswith(layout.pooling)]:
         raise WeightsError(f"{_some(pooling)} belong to a network that pools patches: {CLS_REMEDY}")
-    _check_tensors(weights)
+    check_tensors(weights)
     if checkpoint.is_own:
         return _own_family(checkpoint.content), weights
     weights, heads = _to_timm(weights, layout)
@@ -489,7 +492,7 @@ def _recognise(checkpoint: Checkpoint) -> tuple[Family, dict[str, Tensor]]:
     return family._replace(heads=heads), weights
 
 
-def _check_tensors(weights: dict[str, Tensor]) -> None:
+def check_tensors(weights: dict[str, Tensor]) -> None:
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     for key, value in weights.items():
         if value.layout != torch.strided or value.is_nested:
@@ -683,8 +686,11 @@ def _to_timm(weights: dict[str, Tensor], layout: Layout) -> tuple[dict[str, Tens
 # ---- fitting the ViT -----------------------------------------------------------------------------
 
 
-def _fit(vit: nn.Module, weights: dict[str, Tensor], family: Family) -> list[str]:
-    """Checks that `weights` fill a ViT of `family`; resizes their position table, with a note."""
+def fit(vit: nn.Module, weights: dict[str, Tensor], family: Family) -> list[str]:
+    """Checks that `weights` fill a ViT of `family`; resizes their position table, with a note.
+
+    Raises WeightsError for missing and unknown keys and other shapes.
+    """
     shapes = {key: tuple(value.shape) for key, value in vit.state_dict().items()}
     width, heads = vit.architecture["width"], vit.architecture["heads"]
     for key in ("norm_pre.weight", "norm_pre.bias", "patch_embed.proj.bias"):
@@ -726,7 +732,7 @@ def _fit(vit: nn.Module, weights: dict[str, Tensor], family: Family) -> list[str
     return [f"position table resized from {grid} x {grid} to {new_grid} x {new_grid}"]
 
 
-def _message(path: Path, error: ValueError) -> str:
+def message(path: Path, error: ValueError) -> str:
     """One printable line: keys and names in a damaged file can have any characters."""
     return f"{path}: " + "".join(c if c.isprintable() else "?" for c in str(error))
 
@@ -757,9 +763,9 @@ def _extract(source: Path, target: Path) -> None:
             raise WeightsError("this is not a checkpoint of udon.py: give a best.pt or last.pt")
         _own_family(checkpoint.content)
         weights = {key: value.half() for key, value in checkpoint.weights.items()}
-        _check_tensors(weights)
+        check_tensors(weights)
     except WeightsError as error:
-        raise WeightsError(_message(source, error)) from None
+        raise WeightsError(message(source, error)) from None
     if target.is_dir() or not target.parent.is_dir():
         raise WeightsError(f"{target} cannot be written: give a file in an existing folder")
     content = {

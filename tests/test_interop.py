@@ -8,12 +8,14 @@ import json
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import checkpoint
 import evaluate
+import flax_weights
 import model
 import pretrained
 import run
@@ -426,3 +428,311 @@ def test_a_timm_model_of_other_interpolation_is_noted(capsys):
     assert preprocessing["mean"] == (0.5, 0.5, 0.5)
     again = checkpoint.build(architecture)
     again.load_state_dict(udon_model.state_dict())
+
+
+# official checkpoints, written by Flax ------------------------------------------------------------
+
+CLASSES = {"birds": 7, "cars": 5}  # training classes
+STUDENT = "universal_student_projection_domain_0"
+UDON_HEADS = {STUDENT: ("backbone", 8)}  # name in the official code: input and output width
+for NUMBER, COUNT in enumerate(CLASSES.values()):
+    TEACHER = f"teacher_projection_domain_{NUMBER}"
+    UDON_HEADS[f"universal_student_output_projection_{NUMBER}"] = (STUDENT, COUNT)
+    UDON_HEADS[TEACHER] = ("backbone", 16)
+    UDON_HEADS[f"teacher_output_projection_{NUMBER}"] = (TEACHER, COUNT)
+UNED_HEADS = {
+    "projection": ("backbone", 8),
+    "output_projection_0": ("projection", 7),
+    "output_projection_1": ("projection", 5),
+}
+JOINT_HEADS = {"projection": ("backbone", 8), "output_projection_0": ("projection", 12)}
+
+
+def flax_backbone(clip):
+    """The backbone of the official code as a module of Flax, images (B, H, W, 3) -> (B, D)."""
+    linen, jnp = pytest.importorskip("flax.linen"), pytest.importorskip("jax.numpy")
+    norm = functools.partial(linen.LayerNorm, epsilon=1e-5 if clip else 1e-6)
+    zeros, conv = linen.initializers.zeros, functools.partial(linen.Conv, 48, (8, 8), strides=8)
+    norm1, attention, norm2, mlp, fc1, fc2 = (
+        ("ln_1", "attn", "ln_2", "mlp", "c_fc", "c_proj")
+        if clip
+        else ("LayerNorm_0", "MultiHeadDotProductAttention_0")
+        + ("LayerNorm_1", "MlpBlock_0", "Dense_0", "Dense_1")
+    )
+
+    class Mlp(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = linen.Dense(192, name=fc1)(x)
+            x = x * linen.sigmoid(1.702 * x) if clip else linen.gelu(x)
+            return linen.Dense(48, name=fc2)(x)
+
+    class Block(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            y = norm(name=norm1)(x)
+            x = x + linen.MultiHeadDotProductAttention(3, name=attention)(y, y)
+            return x + Mlp(name=mlp)(norm(name=norm2)(x))
+
+    class Table(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return x + self.param("pos_embedding", zeros, (1, *x.shape[1:]))
+
+    class Encoder(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = x if clip else Table(name="posembed_input")(x)
+            for i in range(2):
+                x = Block(name=f"resblocks.{i}" if clip else f"encoderblock_{i}")(x)
+            return x if clip else norm(name="encoder_norm")(x)
+
+    class Backbone(linen.Module):
+        @linen.compact
+        def __call__(self, images):
+            patches = conv(name="conv1" if clip else "embedding", use_bias=not clip)(images)
+            patches = patches.reshape(len(images), -1, 48)
+            name, shape = ("class_embedding", (48,)) if clip else ("cls", (1, 1, 48))
+            cls = jnp.broadcast_to(self.param(name, zeros, shape), (len(images), 1, 48))
+            x = jnp.concatenate([cls, patches], axis=1)
+            if clip:
+                x = x + self.param("positional_embedding", zeros, x.shape[1:])
+                x = norm(name="ln_pre")(x)
+            x = Encoder(name="transformer" if clip else "Transformer")(x)
+            return (norm(name="ln_post")(x) if clip else x)[:, 0]
+
+    return Backbone()
+
+
+@functools.cache
+def flax_features(clip):
+    """(random params as nested dicts, features (3, 48) of random_images())."""
+    jax = pytest.importorskip("jax")
+    images = jax.numpy.asarray(random_images().numpy().transpose(0, 2, 3, 1))
+    backbone, rng = flax_backbone(clip), np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: np.asarray(x + rng.normal(0, 0.1, x.shape), np.float32),
+        backbone.init(jax.random.key(0), images)["params"],
+    )
+    return params, np.asarray(jax.jit(backbone.apply)({"params": params}, images))
+
+
+def unit(x, axis):
+    return x / np.linalg.norm(x, axis=axis, keepdims=True)
+
+
+def flax_network(clip, heads):
+    """(params with random heads, {name: unit embeddings or cosines of a head})."""
+    params, features = flax_features(clip)
+    params, outputs = dict(params), {"backbone": unit(features, 1)}
+    rng = np.random.default_rng(1)
+    for name, (source, width) in heads.items():
+        inputs = outputs[source]
+        kernel = rng.normal(0, 0.3, (inputs.shape[1], width)).astype(np.float32)
+        if "output" in name:
+            params[name] = {"kernel": kernel}
+            outputs[name] = inputs @ unit(kernel, 0)
+        else:
+            bias = rng.normal(0, 0.1, width).astype(np.float32)
+            dense = {"kernel": kernel, "bias": bias}
+            params[name] = {"Dense_0": dense} if "domain" in name else dense
+            outputs[name] = unit(inputs @ kernel + bias, 1)
+    return params, outputs
+
+
+def save_state(folder, params):
+    """Writes params within a training state as the official code does; returns the path."""
+    flax, optax = pytest.importorskip("flax"), pytest.importorskip("optax")
+    training = pytest.importorskip("flax.training.checkpoints")
+    flax.config.update("flax_use_orbax_checkpointing", False)
+    state = {
+        "opt_state": optax.adamw(1e-3).init(params),
+        "params": params,
+        "global_step": np.int32(34),
+        "model_state": {},
+        "rng": np.zeros(2, np.uint32),
+        "metadata": {"chrono": {"start": 1.5, "note": "", "steps": None}},
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # this format is deprecated
+        return training.save_checkpoint(folder, state, 34, overwrite=True)
+
+
+def converted(path, **options):
+    network, contents = flax_weights.load(path, **options)
+    assert not network.training
+    return network, contents
+
+
+@pytest.mark.parametrize("clip", [False, True], ids=["AugReg", "CLIP"])
+def test_official_udon(tmp_path, clip):
+    """Embeddings of student and teachers and all cosines equal those of the official layout."""
+    params, expected = flax_network(clip, UDON_HEADS)
+    path = save_state(tmp_path, params)
+    network, contents = converted(path, domains=list(CLASSES))
+    assert contents["architecture"]["classes"] == CLASSES and contents["step"] == 34
+    statistics = pretrained.CLIP if clip else pretrained.HALF
+    assert contents["preprocessing"] == {**statistics._asdict(), "antialias": False}
+    for number, domain in enumerate(CLASSES):
+        with torch.inference_mode():
+            outputs = network(random_images(), domain)
+        names = {
+            "backbone": "backbone",
+            "student": STUDENT,
+            "teacher": f"teacher_projection_domain_{number}",
+            "student_cosines": f"universal_student_output_projection_{number}",
+            "teacher_cosines": f"teacher_output_projection_{number}",
+        }
+        for field, name in names.items():
+            actual = getattr(outputs, field).numpy()
+            assert actual.shape == expected[name].shape, field
+            assert np.abs(actual - expected[name]).max() < TOLERANCE, field
+
+
+@pytest.mark.parametrize("heads, classes", [(UNED_HEADS, CLASSES), (JOINT_HEADS, {"joint": 12})])
+def test_official_uned(tmp_path, heads, classes):
+    """A student alone, with a classifier per domain or one joint classifier."""
+    params, expected = flax_network(False, heads)
+    path = save_state(tmp_path, params)
+    (tmp_path / "config.json").write_text(json.dumps({"dataset_name": "birds,cars"}))
+    network, contents = converted(path)
+    assert contents["architecture"]["classes"] == classes
+    assert contents["architecture"]["teacher_dim"] == 0
+    with torch.inference_mode():
+        outputs = network(random_images(), [*classes][-1])
+    name = f"output_projection_{len(classes) - 1}"
+    assert np.abs(outputs.student.numpy() - expected["projection"]).max() < TOLERANCE
+    assert np.abs(outputs.student_cosines.numpy() - expected[name]).max() < TOLERANCE
+
+
+def test_domains_of_uned_are_known_by_their_classes(tmp_path):
+    heads = {"projection": ("backbone", 8), "output_projection_0": ("projection", 900)}
+    heads["output_projection_1"] = ("projection", 78)
+    path = save_state(tmp_path, flax_network(False, heads)[0])
+    classes = converted(path)[1]["architecture"]["classes"]
+    assert list(classes.items()) == [("food2k", 900), ("cars", 78)]
+
+
+@pytest.mark.parametrize("wrap", [lambda p: p, lambda p: {"optimizer": {"target": {"params": p}}}])
+def test_parameters_alone_and_older_states_are_read(tmp_path, wrap):
+    serialization = pytest.importorskip("flax.serialization")
+    params, expected = flax_network(False, UDON_HEADS)
+    (tmp_path / "model").write_bytes(serialization.to_bytes(wrap(params)))
+    network = converted(tmp_path / "model", domains=["a", "b"])[0]
+    with torch.inference_mode():
+        student = network.embed(random_images()).numpy()
+    assert np.abs(student - expected[STUDENT]).max() < TOLERANCE
+
+
+def test_chunks_and_half_types_are_read(tmp_path, monkeypatch):
+    """Flax stores arrays of more than 2^30 bytes in chunks; here it does so from 1,000 bytes."""
+    serialization = pytest.importorskip("flax.serialization")
+    monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 1000)
+    params, _ = flax_network(False, UDON_HEADS)
+    params["cls"] = pytest.importorskip("jax.numpy").asarray(params["cls"], "bfloat16")
+    (tmp_path / "model").write_bytes(serialization.to_bytes({"params": params}))
+    network = converted(tmp_path / "model", domains=["a", "b"])[0]
+    kernel = params["universal_student_output_projection_0"]["kernel"]
+    assert torch.equal(network.student_classifiers["a"].weight, torch.from_numpy(kernel.T))
+    assert torch.equal(network.backbone.cls_token.flatten(), as_float(params["cls"]))
+
+
+def as_float(array):
+    return torch.from_numpy(np.asarray(array, np.float32).flatten())
+
+
+def test_an_official_checkpoint_is_evaluated_and_starts_a_run(tmp_path, uned, capsys):
+    params, expected = flax_network(True, UDON_HEADS)
+    path, target = save_state(tmp_path, params), str(tmp_path / "udon.pt")
+    flax_weights.main([path, target, *CLASSES])
+    assert "birds 7, cars 5" in capsys.readouterr().out
+    evaluate.main([target, "--data", str(uned), "--json", str(tmp_path / "out.json")])
+    assert set(json.loads((tmp_path / "out.json").read_text())["domains"]) == set(CLASSES)
+    vit, preprocessing, note = loaded(target)
+    assert (preprocessing, note) == (pretrained.CLIP, "")
+    with torch.inference_mode():
+        features = unit(vit(random_images()).numpy(), 1)
+    assert np.abs(features - expected["backbone"]).max() < TOLERANCE
+
+
+def without(params, *keys):
+    """A copy of nested dicts without params[key][key]..."""
+    first, *rest = keys
+    if not rest:
+        return {key: value for key, value in params.items() if key != first}
+    return params | {first: without(params[first], *rest)}
+
+
+BLOCK = ("Transformer", "encoderblock_1")
+DENSE = {"kernel": np.ones((8, 8), np.float32), "bias": np.ones(8, np.float32)}
+CHANGES = {
+    "unknown head": (lambda p: p | {"distance_head": DENSE}, "distance_head/kernel"),
+    "MLP head": (lambda p: p | {STUDENT: p[STUDENT] | {"Dense_1": DENSE}}, f"{STUDENT}/Dense_1"),
+    "no student": (lambda p: without(p, STUDENT), "no student head"),
+    "no bias": (lambda p: without(p, STUDENT, "Dense_0", "bias"), "student_head"),
+    "no teacher": (lambda p: without(p, TEACHER), "teacher_heads of domain 1"),
+    "no classifier": (
+        lambda p: without(p, "universal_student_output_projection_0"),
+        "student classifiers of the domains [1]",
+    ),
+    "teacher's width": (
+        lambda p: p | {"teacher_output_projection_0": {"kernel": DENSE["kernel"]}},
+        "teacher_classifiers of domain 0",
+    ),
+    "no CLS token": (lambda p: without(p, "cls"), "CLS token"),
+    "no table": (lambda p: without(p, "Transformer", "posembed_input"), "pos_embed"),
+    "no query": (lambda p: without(p, *BLOCK, "MultiHeadDotProductAttention_0", "query"), "qkv"),
+    "unknown block": (
+        lambda p: p | {"Transformer": p["Transformer"] | {"gate": DENSE}},
+        "Transformer.gate",
+    ),
+    "no backbone": (lambda p: {k: v for k, v in p.items() if "projection" in k}, "no backbone"),
+    "NaN": (lambda p: p | {"cls": p["cls"] * np.nan}, "cls"),
+    "number": (lambda p: p | {"cls": 3}, "cls is no array"),
+    "integers": (lambda p: p | {"cls": np.ones((1, 1, 48), np.int32)}, "cls"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_official_checkpoints_that_do_not_fit_are_refused_by_name(tmp_path, kind):
+    change, words = CHANGES[kind]
+    params = change(flax_network(False, UDON_HEADS)[0])
+    path = save_state(tmp_path, params)
+    with pytest.raises(pretrained.WeightsError) as caught:
+        flax_weights.load(path, ["a", "b"])
+    message = str(caught.value)
+    assert words in message and path in message and message.isprintable(), message
+
+
+@pytest.mark.parametrize(
+    "domains, words", [(None, "7 classes"), (["a"], "2 classifiers"), (["a", "a"], "different")]
+)
+def test_domains_must_be_named(tmp_path, domains, words):
+    path = save_state(tmp_path, flax_network(False, UDON_HEADS)[0])
+    with pytest.raises(pretrained.WeightsError, match=words):
+        flax_weights.load(path, domains)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00", b"\x93\x01\x02\x03", b"text", b"\x81\xa1a\xc1"])
+def test_other_files_are_refused(tmp_path, content, capsys):
+    pytest.importorskip("msgpack")
+    (tmp_path / "file").write_bytes(content)
+    for arguments in ([str(tmp_path / "file"), "x.pt"], [str(tmp_path), "x.pt"], ["none", "x.pt"]):
+        with pytest.raises(SystemExit) as stop:
+            flax_weights.main(arguments)
+        assert stop.value.code == 2 and arguments[0] in capsys.readouterr().err
+
+
+def test_a_cut_file_is_refused(tmp_path):
+    path = save_state(tmp_path, flax_network(False, UDON_HEADS)[0])
+    content = (tmp_path / path).read_bytes()
+    for share in (0.1, 0.5, 0.99):
+        (tmp_path / "cut").write_bytes(content[: int(share * len(content))])
+        with pytest.raises(pretrained.WeightsError, match="damaged"):
+            flax_weights.load(tmp_path / "cut")
+
+
+def test_a_missing_msgpack_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "msgpack", None)
+    with pytest.raises(pretrained.WeightsError, match=r"pip install -e '\.\[interop\]'"):
+        flax_weights.load(tmp_path / "checkpoint_34")
