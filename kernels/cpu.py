@@ -8,8 +8,8 @@ For a block of queries and a chunk of the index:
    of float32, is therefore not above the float32 score of any row of the result.
 3. Only groups whose maxima reach this bound are searched further: their rows are gathered and
    scored in float32, or where they are too many, their tiles are computed once more.
-In the end, the reference scores the rows that reach the bound in float64 and ranks them. A query
-with thousands of such rows is left to the reference. Copy with: the folder kernels/, torch.
+The reference ranks the rows that reach the bound by float64 scores, and a query with thousands of
+them as a whole. Copy with: the folder kernels/, torch.
 """
 
 import functools
@@ -44,8 +44,7 @@ def topk(queries, index, k, exclude):
         return reference.topk(queries, index, k, exclude)
     keys = torch.empty(count, k, dtype=torch.int64)
     with _single_threaded() as threads, ThreadPoolExecutor(threads, "", _use_one_thread) as pool:
-        threads = threads if work >= THREADED else 1
-        spread = pool.map if threads > 1 else map
+        spread = pool.map if threads > 1 and work >= THREADED else map
         normalise = _normaliser(index, spread)
         onednn = ONEDNN is not None and work >= TIMED and _onednn_is_faster()
         chunk = max(CHUNK // threads, 4 * FANOUT * needed)  # index rows
@@ -223,7 +222,5 @@ class _Block:
         pairs = pairs[~many[pairs >> 32]]
         query, row = pairs >> 32, pairs & (2**32 - 1)
         keys = reference.best(self.queries, self.index, query, row, self.k, self.exclude)
-        if many.any():
-            rest = self.queries[many], self.index, self.k, self.exclude[many]
-            keys[many] = reference.topk(*rest)
+        keys[many] = reference.topk(self.queries[many], self.index, self.k, self.exclude[many])
         return keys

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 
 QUERY_BLOCK, INDEX_BLOCK = 1024, 2048  # 16 MB of float64 scores
 ROWS_BLOCK = 2**20  # values, 8 MB of float64: rows of such a block
-RESULT_BLOCK = 2**16  # queries whose keys are unpacked at a time
 PAIR_BLOCK = 2**19  # values, 4 MB of float64: pairs scored at a time, times D
 ONE = 2**24  # the score 1
 NOTHING = -(2**63)  # a key below that of any score
@@ -58,11 +57,8 @@ def as_keys(scores, rows):
 
 def result(keys):
     """Overwrites `keys`."""
-    scores = torch.empty(keys.shape, dtype=torch.float32, device=keys.device)
-    for part, out in zip(keys.split(RESULT_BLOCK), scores.split(RESULT_BLOCK)):
-        out.copy_(part >> 32).div_(ONE)
-        part.bitwise_and_(2**32 - 1).neg_().add_(2**32 - 1)
-    return scores, keys
+    scores = torch.cat([(part >> 32).float() for part in keys.split(2**16)]).div_(ONE)
+    return scores, keys.bitwise_and_(2**32 - 1).neg_().add_(2**32 - 1)
 
 
 def merged(parts, firsts, k):

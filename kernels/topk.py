@@ -16,7 +16,6 @@ from kernels import cpu, reference
 
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRITON_K, TRITON_WIDTH = 64, 1024  # the largest k and D of the Triton kernels
-CHECKED = 4096  # rows whose values are checked at a time, once one is known not to be finite
 
 
 def cosine_topk(
@@ -38,23 +37,18 @@ def cosine_topk(
     device; rows of equal score ascend. A score is the cosine in float64 rounded to a multiple of
     2^-24, 0 for a zero row. The result has the same bits for any backend, batching and threads.
 
-    A search on the CPU takes up to 128 MB beside inputs and result for D to 1024 and k to 100. It
-    sets torch's number of threads to 1 while it runs; a Python thread that first uses torch in
-    the meantime keeps the 1.
-    Raises ValueError for shapes, types or values that do not fit, and for k above the number of
-    rows left to a query.
+    A CPU search takes up to 128 MB beside inputs and result for D to 1024 and k to 100. It sets
+    torch's number of threads to 1 meanwhile; a thread that first uses torch then keeps the 1.
+    Raises ValueError for shapes, types or values that do not fit, and k above the rows left.
     """
     queries, index = _matrix("queries", queries), _matrix("index", index)
     if queries.shape[1] != index.shape[1]:
-        raise ValueError(
-            f"queries have {queries.shape[1]} dimensions, the index has {index.shape[1]}: "
-            "they must have the same number"
-        )
+        widths = f"queries have {queries.shape[1]} dimensions, the index has {index.shape[1]}"
+        raise ValueError(f"{widths}: they must have the same number")
     exclude, left = _excluded(exclude, queries, len(index))
     if left < 1:
-        raise ValueError(
-            f"the index has {len(index)} rows, which leaves none to a query: add at least one"
-        )
+        rows = f"the index has {len(index)} rows, which leaves none to a query"
+        raise ValueError(f"{rows}: add at least one")
     if not isinstance(k, numbers.Integral) or isinstance(k, bool) or not 1 <= k <= left:
         raise ValueError(
             f"k is {k!r}: it must be a whole number from 1 to {left}, the number of index rows "
@@ -74,8 +68,7 @@ def _search(backend, queries, index, k):
     """The function that computes the keys."""
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend {backend!r} is unknown: use 'auto', 'torch' or 'triton'")
-    on_gpu = queries.is_cuda
-    if backend == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+    if backend == "triton" and not queries.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"backend 'triton' cannot compute on {queries.device}: it needs the queries on a GPU, "
             "or TRITON_INTERPRET=1 in the environment; use 'auto' or 'torch'"
@@ -86,7 +79,7 @@ def _search(backend, queries, index, k):
             f"k is {k}, and the rows have {queries.shape[1]} values: the triton backend takes k "
             f"to {TRITON_K} and 1 to {TRITON_WIDTH} values; use backend 'torch'"
         )
-    if backend == "triton" or backend == "auto" and on_gpu and suits_triton:
+    if backend == "triton" or backend == "auto" and queries.is_cuda and suits_triton:
         from kernels import triton_topk  # slow to import, and not available on every system
 
         return triton_topk.topk
@@ -102,9 +95,8 @@ def _tensor(name, values):
             return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(
-            f"{name} cannot be a tensor ({reason}): give a tensor or an array of numbers"
-        ) from None
+        remedy = "give a tensor or an array of numbers"
+        raise ValueError(f"{name} cannot be a tensor ({reason}): {remedy}") from None
 
 
 def _matrix(name, values):
@@ -147,8 +139,8 @@ def _excluded(exclude, queries, total):
 
 def _check_finite(name, matrix):
     finite = matrix.sum().isfinite()  # finite values may overflow the sum
-    for top in () if finite else range(0, len(matrix), CHECKED):
-        wrong = (~matrix[top : top + CHECKED].isfinite().all(dim=1)).nonzero()
+    for top in () if finite else range(0, len(matrix), 4096):
+        wrong = (~matrix[top : top + 4096].isfinite().all(dim=1)).nonzero()
         if len(wrong):
             row = top + int(wrong[0])
             raise ValueError(f"{name} row {row} holds a value that is not finite: all must be")

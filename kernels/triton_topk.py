@@ -1,14 +1,13 @@
 """cosine_topk in Triton: the scores never leave the chip, the reference ranks what they select.
 
-1. select: a program holds a block of queries and their `keep` > k best rows so far, while a part
+1. A program holds a block of queries and their `keep` > k best rows so far, while a part
    of the index streams past in tiles. The scores of a tile (tensor cores, float32 sums, norms
    computed on the way) enter one maximum per query at a time, and only while the maximum of some
    query beats the worst row that it holds: after the first tiles, seldom. Excluded rows are
    rejected there; the queries' norms divide the kept scores at the end.
-2. merge: the best rows of a query in all parts become its `keep` best rows.
-3. The reference scores these rows. If its k-th score is above the worst kept score by more than
-   the error bound of the precision, no other row can belong to the result. Other queries are
-   searched again without tf32, and if that does not suffice, by the reference.
+2. The reference scores the `keep` best rows of all parts. If its k-th score is above the worst of
+   theirs by more than the error bound of the precision, no other row can belong to the result.
+   Other queries are searched again without tf32, and if that does not suffice, by the reference.
 Copy with: the folder kernels/, torch, triton.
 """
 
@@ -20,9 +19,8 @@ import triton.language as tl
 from kernels import reference
 from kernels.reference import ONE
 
-# Queries, index rows and dimensions of a tile, by what limits it: aligned rows of which few are
-# kept, for D up to the tile's and above; all others, where addresses and kept rows take more
-# registers. Not tuned: no GPU has run them yet (2026-11).
+# Queries, index rows and dimensions of a tile, for aligned rows of which few are kept, D up to the
+# tile's; the same, D above; others, which take more registers. Not tuned on a GPU yet (2026-11).
 TILES = {
     "tf32": ((128, 64, 64), (128, 64, 32), (64, 32, 16)),
     "ieee": ((64, 32, 16), (64, 32, 16), (32, 32, 16)),  # without tensor cores
@@ -34,7 +32,7 @@ LAUNCH = {  # 256 threads; without maxnreg ptxas may spill to fit two programs o
 }
 FEW = 32  # kept rows
 PROGRAMS = 264  # at least, by splitting the index: two for each multiprocessor of an H100
-MERGED = 4096  # rows of a query that the second kernel holds at once
+MERGED = 4096  # at most so many rows of a query, from all parts
 QUERIES = 2**14  # searched at a time
 HIP = bool(torch.version.hip)
 
@@ -126,42 +124,18 @@ def select(
     tl.store(rows + out, tl.where(held_rows < 0, -1, start + held_rows), mask=known[:, None])
 
 
-@triton.jit
-def merge(
-    best,  # (Q, parts, KEEP) float32
-    rows,  # (Q, parts, KEEP) int64
-    worst,  # (Q,) float32, written: the worst of the KEEP best scores
-    kept,  # (Q, KEEP) int64, written: their rows, -1 for none
-    parts,
-    KEEP: tl.constexpr,
-    WIDTH: tl.constexpr,  # the next power of two of parts * KEEP
-):
-    q = tl.program_id(0).to(tl.int64)
-    slot = tl.arange(0, WIDTH)
-    inside = slot < parts * KEEP
-    scores = tl.load(best + q * parts * KEEP + slot, mask=inside, other=float("-inf"))
-    top = tl.full((), float("-inf"), tl.float32)
-    for i in range(KEEP):
-        top, where = tl.max(scores, axis=0, return_indices=True)
-        row = tl.load(rows + q * parts * KEEP + where)
-        tl.store(kept + q * KEEP + i, tl.where(top > float("-inf"), row, -1))
-        scores = tl.where(slot == where, float("-inf"), scores)
-    tl.store(worst + q, top)
-
-
 def topk(queries, index, k, exclude, precision="tf32"):
     keys = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
-    dtype = queries.dtype if queries.dtype == index.dtype else torch.float32
-    tame_index = _tame(index.to(queries.device), dtype)
+    sides = _tame(queries), _tame(index.to(queries.device))
+    if sides[0].dtype != sides[1].dtype:
+        sides = sides[0].float(), sides[1].float()
+    uses_tf32 = precision == "tf32" and sides[0].dtype == torch.float32
     for top in range(0, len(queries), QUERIES):
         block, excluded = queries[top : top + QUERIES], exclude[top : top + QUERIES]
-        tame_block = _tame(block, dtype)
-        if tame_block.dtype != tame_index.dtype:
-            tame_block, tame_index = tame_block.float(), tame_index.float()
-        uses_tf32 = precision == "tf32" and tame_index.dtype == torch.float32
+        tame = sides[0][top : top + QUERIES]
         unsure = torch.arange(len(block), device=queries.device)
         for attempt in ("tf32", "ieee") if uses_tf32 else (precision,):
-            kept, worst = _selected(tame_block[unsure], tame_index, k, excluded[unsure], attempt)
+            kept, worst = _selected(tame[unsure], sides[1], k, excluded[unsure], attempt)
             query, slot = (kept >= 0).nonzero(as_tuple=True)
             row = kept[query, slot]
             found = reference.best(block[unsure], index, query, row, k, excluded[unsure])
@@ -176,13 +150,13 @@ def topk(queries, index, k, exclude, precision="tf32"):
     return keys
 
 
-def _tame(rows, dtype):
+def _tame(rows):
     """Rows for the kernel, which takes no float64 and squared norms within float32's range."""
     parts = rows.split(2**14)  # at most 128 MB in float64
     norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts]
     tame = ((norms := torch.cat(norms)) == 0) | (norms > 1e-12) & (norms < 1e12)
-    if dtype != torch.float64 and tame.all():
-        return rows.to(dtype)
+    if rows.dtype != torch.float64 and tame.all():
+        return rows
     unit = [F.normalize(reference.double(part), dim=1, eps=1e-300).float() for part in parts]
     return torch.cat(unit)
 
@@ -214,7 +188,5 @@ def _selected(queries, index, k, exclude, precision):
     constants = dict(D=width, KEEP=keep, BQ=bq, BG=bg, BD=bd, PRECISION=precision)
     strides, launch = (*queries.stride(), *index.stride()), LAUNCH["hip" if HIP else "cuda"]
     select[(blocks, parts)](*tensors, *sizes, size, *strides, **constants, **launch)
-    kept, worst = torch.empty_like(rows[:, 0]), torch.empty_like(best[:, 0, 0])
-    padded = triton.next_power_of_2(parts * keep)
-    merge[(count,)](best, rows, worst, kept, parts, KEEP=keep, WIDTH=padded)
-    return kept, worst
+    best, places = best.flatten(1).topk(keep, dim=1)
+    return rows.flatten(1).gather(1, places), best[:, -1]

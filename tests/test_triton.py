@@ -252,7 +252,7 @@ def test_k_above_the_rows_left_is_an_error(rows, k, left):
         ("start + held_rows)", "held_rows)"),
         ("tl.sqrt(tl.where(g_norm", "(tl.where(g_norm"),
         ("held / tl.sqrt(", "held / ("),
-        ("rows + q * parts * KEEP + where", "rows + q * KEEP + where"),
+        ("rows.flatten(1).gather(1, places)", "rows[:, 0]"),
         ("other=-1) - start", "other=-1)"),
         ("exclude + q * e_count + e,", "exclude + q * e_count,"),
     ),
@@ -350,14 +350,6 @@ def test_compiles_for_gpus(gpu, value, tile, width, keep, strided):
         assert re.search(hip if gpu[0] == "hip" else cuda, text)
     if gpu[0] == "cuda" and regular:
         assert "cp.async.wait_group" in text
-
-
-@compiled_only
-@pytest.mark.parametrize("keep", (16, 128))
-@pytest.mark.parametrize("gpu", GPUS, ids=str)
-def test_merge_compiles_for_gpus(gpu, keep):
-    types = dict(best="*fp32", rows="*i64", worst="*fp32", kept="*i64")
-    compiled(triton_topk.merge, gpu, types, dict(KEEP=keep, WIDTH=triton_topk.MERGED), types, {})
 
 
 @compiled_only
