@@ -1,176 +1,171 @@
-"""The house: files import as a tree, leaves stand alone, nothing touches a device at import, the README tells the truth."""
+"""The layout: which file imports which, files copied alone, sizes, what is packaged."""
 
 import ast
-import json
+import os
 import re
-import statistics
-import subprocess
+import shutil
 import sys
+import tomllib
+import traceback
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
-OURS = {"udon", "model", "pretrained", "losses", "sampler", "data", "evaluate", "kernels"}
-IMPORTS = {
-    "model": set(),
-    "losses": set(),
-    "sampler": set(),
-    "data": set(),
-    "pretrained": set(),
-    "evaluate": {"data", "kernels", "model"},
-    "udon": {"data", "evaluate", "pretrained", "losses", "model", "sampler"},
+IMPORTS = {  # of our own files; a file may import no others
+    "config": "",
+    "distributed": "",
+    "images": "",
+    "kernels": "",
+    "losses": "",
+    "model": "",
+    "pretrained": "",
+    "procedural": "",
+    "sampler": "",
+    "timm_backbone": "",
+    "folders": "images",
+    "data": "folders images procedural",
+    "checkpoint": "model timm_backbone",
+    "metrics": "kernels",
+    "rundir": "checkpoint model",
+    "evaluate": "checkpoint data distributed kernels metrics",
+    "flax_weights": "checkpoint model pretrained timm_backbone",
+    "run": "checkpoint config data distributed evaluate model pretrained rundir sampler",
+    "udon": "checkpoint config data distributed evaluate losses model pretrained run rundir",
 }
-NEEDS = {
-    "model": {"torch"},
-    "losses": {"torch"},
-    "sampler": {"numpy"},
-    "data": {"torch", "numpy", "PIL"},
-    "pretrained": {"torch", "numpy", "safetensors"},
-    "evaluate": {"torch", "numpy"},
-    "udon": {"torch"},
-}
+LONGEST_LINE, LONGEST_FUNCTION, README_LINES, KERNEL_LINES = 100, 60, 170, 700
+PACKAGE_NAMES = {"PIL": "pillow"}  # where they differ from the names of modules
+FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("benchmarks/*.py")])
+FILES += sorted(ROOT.glob("tests/*.py"))
+NAMES = sorted([*(path.stem for path in ROOT.glob("*.py")), "kernels"])
 
 
-def imported(file):
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
+def label(path):
+    return str(path.relative_to(ROOT))
+
+
+def lines_of(path):
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def imported(name, everywhere=True):
+    """The names of all modules that a file, or the files of a package, import; or only those that
+    are imported where the file itself is."""
+    path, names = ROOT / name, set()
+    for file in path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree) if everywhere else tree.body:
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names.add(node.module.split(".")[0])
     return names
 
 
-@pytest.mark.parametrize("name", IMPORTS)
-def test_imports_form_the_documented_tree(name):
-    names = imported(ROOT / f"{name}.py")
-    assert names & OURS == IMPORTS[name]
-    assert names - OURS - set(sys.stdlib_module_names) == NEEDS[name]
+def needed(name):
+    """A file and all of ours that it imports, directly or not."""
+    names, pending = set(), [name]
+    while pending:
+        one = pending.pop()
+        if one not in names:
+            names.add(one)
+            pending.extend(imported(one) & set(NAMES))
+    return names
 
 
-@pytest.mark.parametrize("name", [name for name, ours in IMPORTS.items() if not ours] + ["kernels"])
-def test_a_file_copied_alone_imports(tmp_path, name):
-    source, target = (
-        (ROOT / name, tmp_path / name)
-        if name == "kernels"
-        else (ROOT / f"{name}.py", tmp_path / f"{name}.py")
-    )
-    for file in source.glob("*.py") if source.is_dir() else [source]:
-        (target / file.name if source.is_dir() else target).parent.mkdir(exist_ok=True)
-        (target / file.name if source.is_dir() else target).write_text(file.read_text())
-    code = f"import {name}, torch; assert not torch.cuda.is_initialized()"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+# Imports ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "file", sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("[kbt]*/*.py")), ids=lambda file: file.name
-)
-def test_every_file_says_what_it_is_and_is_narrow(file):
-    text = file.read_text()
-    assert ast.get_docstring(ast.parse(text)), "line 1 is the docstring"
-    long = [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 132]
-    assert not long, f"lines over 132 characters: {long}"
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_imports_only_what_the_layout_allows(name):
+    assert name in IMPORTS, "a new file: add what it may import"
+    assert imported(name) & set(NAMES) - {name} <= set(IMPORTS[name].split())
 
 
-# The README ------------------------------------------------------------------------------------------------------------------
+def test_no_file_needs_itself():
+    order = list(IMPORTS)
+    for number, name in enumerate(order):
+        assert set(IMPORTS[name].split()) <= set(order[:number]), name
 
 
-def readme():
-    return (ROOT / "README.md").read_text()
+def refuse(*_, **__):
+    raise AssertionError("a device is queried at import")
 
 
-def lines_of(name):
-    return len((ROOT / name).read_text().splitlines())
+def import_alone(directory, name):
+    """Imports a copy in this process, a fork, in which no device may be queried."""
+    for function in ("is_available", "is_initialized", "device_count", "current_device", "init"):
+        setattr(torch.cuda, function, refuse)
+    for module in [module for module in sys.modules if module.split(".")[0] in NAMES]:
+        del sys.modules[module]
+    sys.path[:] = [str(directory), *(path for path in sys.path if Path(path or ".") != ROOT)]
+    os.chdir(directory)
+    assert directory in Path(__import__(name).__file__).parents
 
 
-def test_line_counts():
-    rows = re.findall(r"^\| `([\w./]+)` \| ([\d,]+) \|", readme(), re.MULTILINE)
-    assert {name for name, _ in rows} == {f"{name}.py" for name in OURS - {"kernels"}} | {
-        "kernels/"
-    }
-    counts = {
-        name: sum(map(lines_of, (ROOT / name).glob("*.py")))
-        if name == "kernels/"
-        else lines_of(name)
-        for name, _ in rows
-    }
-    assert {name: int(count) for name, count in rows} == counts
-    method = (ROOT / "udon.py").read_text()
-    method = method[method.index("# The method ---") : method.index("# The run ---")].count("\n")
-    idea = method + lines_of("losses.py") + lines_of("sampler.py")
-    assert f"The idea is {idea} lines" in readme(), idea
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_copied_with_what_it_needs_can_be_imported(tmp_path, name):
+    for one in needed(name):
+        if (ROOT / one).is_dir():
+            shutil.copytree(ROOT / one, tmp_path / one)
+        else:
+            shutil.copy(ROOT / f"{one}.py", tmp_path)
+    process = os.fork()
+    if not process:
+        try:
+            import_alone(tmp_path, name)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    assert os.waitpid(process, 0)[1] == 0
 
 
-def procedural(seed, *, method=""):
-    return json.loads(
-        (ROOT / "results" / "procedural" / f"seed{seed}" / method / "test.json").read_text()
-    )
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"kernels", "run", "udon"}))
+def test_the_docstring_says_what_a_file_is_copied_with(name):
+    """All other files of ours, and all packages, that it or these import."""
+    docstring = " ".join(ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text())).split())
+    sentence = docstring.lower().partition("copy with: ")[2]
+    modules = needed(name).union(*(imported(one, everywhere=False) for one in needed(name)))
+    modules -= {name, *sys.stdlib_module_names}
+    packages = {PACKAGE_NAMES.get(module, module) for module in modules}
+    packages.discard("triton")  # on a GPU only
+    missing = {package for package in packages if not re.search(rf"\b{package}\b", sentence)}
+    assert not missing, f"not in its sentence: {sentence!r}"
 
 
-def test_numbers_come_from_results():
-    """Mean and spread over the seeds, the printed table, the overhead: as in the files that the commands wrote."""
-    text = readme()
-    for method, metric in (("", "recall_at_1"), ("", "mmp_at_5"), ("usc", "recall_at_1")):
-        values = [100 * procedural(seed, method=method)["mean"][metric] for seed in range(3)]
-        shown = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-        assert shown in text, f"{method} {metric}: {shown}"
-    mean = (
-        procedural(0)["mean"],
-        procedural(0, method="usc")["mean"],
-        procedural(0)["untrained"]["mean"],
-    )
-    printed = next(line for line in text.splitlines() if line.startswith("mean "))
-    assert printed.split()[1:] == [
-        f"{100 * m[metric]:.2f}" for m in mean for metric in ("recall_at_1", "mmp_at_5")
-    ]
-    overhead = json.loads((ROOT / "results" / "step_overhead.json").read_text())
-    shown = (
-        f"**{overhead['rows']['udon']['to_usc']:.3f}**",
-        overhead["command"],
-        overhead["machine"],
-    )
-    assert [part for part in shown if part not in text] == []
+# Sizes --------------------------------------------------------------------------------------------
 
 
-def test_the_ablation_tables_come_from_results():
-    """Every digit of them: written again from results/ablation/, they are the same."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import ablation
-
-    made = ablation.tables(
-        ablation.read(ablation.RESULTS), ablation.read_times(ROOT / "results" / "step_times.json")
-    )
-    assert made == readme().split("<!-- ablation -->\n")[1].split("<!-- end of")[0]
-
-
-def test_retrieval_figures_come_from_results():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import topk
-
-    table = readme().split("<!-- topk -->\n")[1].split("<!-- end of")[0]
-    assert topk.table(topk.written(ROOT / "results" / "topk.csv")) == table
-    size = json.loads((ROOT / "results" / "uned_size.json").read_text())
-    shown = (
-        f"{size['queries']:,} queries among {size['index']:,} rows",
-        f"{size['search_seconds']:.0f} s of search on {size['threads']}",
-        f"{size['beside_search_us_per_query']:.2f} µs",
-        f"{size['peak_memory_mb']} MB",
-    )
-    assert [text for text in shown if text not in readme()] == []
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_a_file_has_a_docstring_narrow_lines_and_short_functions(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), "no docstring"
+    wide = [i for i, line in enumerate(lines_of(path), 1) if len(line) > LONGEST_LINE]
+    assert not wide, f"lines over {LONGEST_LINE} columns: {wide}"
+    if path.parent.name != "kernels":
+        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        sizes = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+        long = {name: size for name, size in sizes.items() if size > LONGEST_FUNCTION}
+        assert not long, f"functions over {LONGEST_FUNCTION} lines: {long}"
 
 
-def test_results_were_written_by_the_defaults_of_now():
-    import dataclasses
+def test_the_kernels_stay_small():
+    sizes = {label(path): len(lines_of(path)) for path in ROOT.glob("kernels/*.py")}
+    assert sum(sizes.values()) <= KERNEL_LINES, sizes
 
-    import udon
 
-    for seed in range(3):
-        config = json.loads(
-            (ROOT / "results" / "procedural" / f"seed{seed}" / "config.json").read_text()
-        )
-        defaults = dataclasses.asdict(udon.resolve(udon.Config(seed=seed)))
-        differing = {
-            name for name in defaults if json.loads(json.dumps(defaults[name])) != config[name]
-        }
-        assert differing <= {"out", "device"}, differing
+def test_the_readme_stays_short_and_names_existing_files():
+    text = lines_of(ROOT / "README.md")
+    assert len(text) <= README_LINES
+    rows = re.findall(r"^\| `([\w./]+)` \|", "\n".join(text), re.MULTILINE)
+    assert rows and all((ROOT / name).exists() for name in rows), rows
+
+
+# Packaging ----------------------------------------------------------------------------------------
+
+
+def test_every_file_is_packaged():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert set(settings["py-modules"]) | set(settings["packages"]) == set(NAMES)
