@@ -353,7 +353,9 @@ def _read(path: Path, names: Collection[str] = ()) -> Checkpoint:
                 else:
                     content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
-        raise WeightsError("the package safetensors is missing: pip install safetensors") from None
+        raise WeightsError(
+            "the package safetensors is missing: pip install -e '.[interop]'"
+        ) from None
     except pickle.UnpicklingError:
         raise WeightsError(
             "not a weight file, or it holds other objects than tensors: save a state dict to it"

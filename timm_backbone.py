@@ -12,7 +12,7 @@ Copy with: torch, timm (imported when a backbone is built).
 import difflib
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,13 +61,16 @@ class TimmBackbone(nn.Module):
         Those of the classifier are ignored. Raises TimmError, and changes nothing, for missing and
         unknown keys and for other shapes.
         """
-        if _mismatch(weights, self.network) is None:
+        name = self.architecture["timm"]
+        with torch.device("meta"):
+            names = _create(name, classes=1).state_dict().keys()  # with those of the classifier
+        if _mismatch(weights, self.network, names) is None:
             _load(weights, self.network)
             return
-        network = _create(self.architecture["timm"])
+        network = _create(name)
         converted = _converted(weights, network)
-        mismatch = _mismatch(weights, network)
-        if mismatch is not None and _mismatch(converted, network) is not None:
+        mismatch = _mismatch(weights, network, names)
+        if mismatch is not None and _mismatch(converted, network, names) is not None:
             raise TimmError(f"{mismatch} of {self.name}: give weights of that model")
         _load(weights if mismatch is None else converted, network)
         self._adopt(network)
@@ -127,8 +130,8 @@ class TimmBackbone(nn.Module):
         return self.network(images)
 
 
-def _create(name: str, *, pretrained: bool = False) -> Any:
-    """timm's model without its classifier. Raises TimmError."""
+def _create(name: str, *, pretrained: bool = False, classes: int = 0) -> Any:
+    """timm's model, without a classifier for 0 classes. Raises TimmError."""
     try:
         import timm
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
@@ -141,20 +144,20 @@ def _create(name: str, *, pretrained: bool = False) -> Any:
         raise TimmError(f"timm:{name} is unknown to timm {timm.__version__}: {known}")
     try:
         with _quiet():
-            return timm.create_model(name, pretrained=pretrained, num_classes=0)
+            return timm.create_model(name, pretrained=pretrained, num_classes=classes)
     except (RuntimeError, OSError, ValueError) as error:
         remedy = "give a file of weights, --init FILE" if pretrained else "use another model"
         raise TimmError(f"timm:{name} cannot be loaded ({_summary(error)}): {remedy}") from None
 
 
-def _mismatch(weights: Mapping[str, Tensor], network: nn.Module) -> str | None:
-    """What keeps the weights from filling the network. The classifier's keys are ignored."""
-    expected, classifier = network.state_dict(), network.pretrained_cfg["classifier"] or ()
-    classifier = (classifier,) if isinstance(classifier, str) else classifier
-    ignored = tuple(f"{part}." for part in classifier)
+def _mismatch(
+    weights: Mapping[str, Tensor], network: nn.Module, names: Collection[str]
+) -> str | None:
+    """What keeps the weights, which may have the keys `names`, from filling the network."""
+    expected = network.state_dict()
     if missing := [key for key in expected if key not in weights]:
         return f"lacks {len(missing)} keys, such as {missing[0]},"
-    if unknown := [key for key in weights if key not in expected and not key.startswith(ignored)]:
+    if unknown := [key for key in weights if key not in expected and key not in names]:
         return f"has {len(unknown)} keys, such as {unknown[0]}, that are not keys"
     for key, value in expected.items():
         if weights[key].shape != value.shape:

@@ -252,7 +252,7 @@ def test_timm(tmp_path, clip):
 
 # timm models as backbones -------------------------------------------------------------------------
 
-MODELS = ("test_vit", "test_resnet", "test_convnext", "test_efficientnet")  # timm's own, tiny
+MODELS = ("test_vit", "test_resnet", "test_convnext", "test_mambaout")  # timm's own, tiny
 OTHER_SIZE = 96  # theirs is 160
 
 

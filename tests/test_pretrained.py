@@ -1261,7 +1261,7 @@ def test_a_missing_safetensors_package_is_named(tmp_path, monkeypatch):
     for name in ("safetensors", "safetensors.torch"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
     (tmp_path / "weights.safetensors").write_bytes(b"{}")
-    assert "pip install safetensors" in refused(tmp_path / "weights.safetensors")
+    assert "pip install -e '.[interop]'" in refused(tmp_path / "weights.safetensors")
 
 
 def test_a_tensor_named_like_a_wrapper_is_an_unknown_key(tmp_path):
