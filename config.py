@@ -170,6 +170,9 @@ class Config:
     one table; without --data and --method: udon-joint usc."""
     batch_size: int = 128
     """Images per step, all of one domain (paper section 4)."""
+    accumulate: int = 1
+    """Pieces in which the images of a step are computed, so that only one needs memory at a time;
+    the losses stay those of the whole batch, and the step takes up to half as long again."""
     epochs: float = 10.0
     """Training length, in passes over as many images as all domains have (paper section 4)."""
     steps: int | None = None

@@ -653,12 +653,15 @@ class TestImages(Dataset):
                 self.split.skip(row, error)
         return torch.from_numpy(images)
 
-    def batches(self, size: int, workers: int = 0) -> Iterator[torch.Tensor]:
-        """Yields all images in order, (size, 3, H, W) uint8 each, the last batch perhaps smaller.
+    def batches(
+        self, size: int, workers: int = 0, share: slice = slice(None)
+    ) -> Iterator[torch.Tensor]:
+        """Yields all images in order, (size, 3, H, W) uint8 each, the last batch perhaps smaller;
+        of several processes, each takes its share of these batches.
 
         Images that are not in memory are decoded by up to `workers` processes.
         """
-        rows = [slice(first, first + size) for first in range(0, len(self), size)]
+        rows = [slice(first, first + size) for first in range(0, len(self), size)][share]
         workers = 0 if self.pixels is not None else min(workers, len(rows) // 2)
         return (images for _, images in loaded(self, [rows], workers))
 

@@ -7,6 +7,7 @@
     share(count)              slice of `count` rows that belong to this process
     total(tensor)             the sum over all processes
     gathered(rows, count)     the rows of all processes, in the order of the ranks, no gradient
+    collected(value)          the values of all processes
     agreed(value)             the value of rank 0 on all processes
     require_same(values)      raises DistributedError unless all processes have the same values
     GradientSum(parameters)   sums gradients over the processes while the backward pass runs
@@ -42,7 +43,8 @@ def processes(device: str) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     try:
         with open(os.devnull, "w") if rank() else contextlib.nullcontext(sys.stdout) as out:
             with contextlib.redirect_stdout(out):
@@ -84,6 +86,15 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def collected(value: object) -> list:
+    """The values of all processes, in the order of the ranks."""
+    values = [value]
+    if size() > 1:
+        values = [None] * size()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def gathered(rows: Tensor, count: int) -> Tensor:
     """(n, ...), the share of each process of `count` rows -> (count, ...). No gradient."""
     if size() == 1:
@@ -107,10 +118,7 @@ def agreed(value: object) -> object:
 
 def require_same(values: dict) -> None:
     """Raises DistributedError, which names what differs, unless all processes have equal values."""
-    if size() == 1:
-        return
-    everyone = [None] * size()
-    dist.all_gather_object(everyone, values)
+    everyone = collected(values)
     for other, theirs in enumerate(everyone):
         for name, value in everyone[0].items():
             if theirs[name] != value:

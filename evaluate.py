@@ -8,9 +8,9 @@
     table({name: results})               -> the results of one or several systems as text
 
 A query is searched in the merged index of all domains (the benchmark) or in that of its own domain
-("separate"). Where queries and index share images, each query is excluded from its own result by
-its row in the index, never by its rank. Copy with: data, procedural, model, checkpoint, metrics,
-kernels/, torch, numpy, pillow.
+("separate"). Where the index holds the query's own file, that is excluded from its result by the
+rows of the file, never by rank. Copy with: data, folders, images, procedural, model, timm_backbone,
+checkpoint, metrics, distributed, kernels/, torch, numpy, pillow.
 """
 
 import argparse
@@ -24,8 +24,10 @@ import torch
 from torch import nn
 
 import data
+import distributed
 from checkpoint import CheckpointError, write_json
 from checkpoint import load as load_checkpoint
+from kernels import cosine_topk, reference
 from metrics import DEFINITIONS, Embeddings, retrieval_metrics
 
 EMBED_BATCH = 128  # fixed: the last digits of an embedding depend on the shape of its batch
@@ -85,11 +87,16 @@ def embed(
     Raises data.InputError if an output is not finite.
     """
     mean, std = preprocessing["mean"], preprocessing["std"]
+    share = distributed.share(
+        -(-len(images) // EMBED_BATCH)
+    )  # of the batches, so that all are whole
     vectors = [
         network(data.normalise(batch.to(device), mean, std)).float().cpu()
-        for batch in images.batches(EMBED_BATCH, min(data.processors(), 8))
+        for batch in images.batches(EMBED_BATCH, min(data.processors(), 8), share)
     ]
-    vectors = torch.cat(vectors)
+    vectors = torch.cat(list(itertools.chain(*distributed.collected(vectors))))
+    for bad_rows in distributed.collected(images.split.bad_rows):
+        images.split.bad_rows.update(bad_rows)
     if not vectors.isfinite().all():
         raise data.InputError(
             f"embeddings of domain {images.split.domain}, split {images.split.name}, are not "
@@ -144,7 +151,9 @@ def evaluate(
         scores = merged_scores(queries, indexes, excluded)
     else:
         scores = {
-            domain: retrieval_metrics(queries[domain], indexes[domain], exclude=excluded[domain])
+            domain: retrieval_metrics(
+                queries[domain], indexes[domain], exclude=excluded[domain], search=search
+            )
             for domain in sets
         }
         scores = {domain: (m.per_query_recall, m.per_query_mmp) for domain, m in scores.items()}
@@ -178,9 +187,24 @@ def merged_scores(queries, indexes, excluded) -> dict:
     ]
     counts = [len(part.vectors) for part in queries.values()]
     domains = list(queries)
-    metrics = retrieval_metrics(joined(queries), joined(indexes), exclude=np.concatenate(excluded))
+    metrics = retrieval_metrics(
+        joined(queries), joined(indexes), exclude=np.concatenate(excluded), search=search
+    )
     parts = zip(metrics.per_query_recall.split(counts), metrics.per_query_mmp.split(counts))
     return dict(zip(domains, parts))
+
+
+def search(queries, index, k, *, exclude):
+    """kernels.cosine_topk, in which each process searches its share of the index."""
+    parts = distributed.shares(len(index))
+    part = parts[distributed.rank()]
+    if len(parts) == 1 or len(index) // len(parts) < k + exclude.shape[1]:
+        return cosine_topk(queries, index, k, exclude=exclude)
+    inside = (exclude >= part.start) & (exclude < part.stop)
+    local = np.where(inside, exclude - part.start, -1)
+    scores, rows = cosine_topk(queries, index[part], k, exclude=local)
+    results = distributed.collected((scores.cpu(), rows.cpu()))
+    return reference.merged(results, [part.start for part in parts], k)
 
 
 def joined(parts: dict[str, Embeddings]) -> Embeddings:
@@ -220,7 +244,7 @@ def find_device(name: str) -> str:
         raise data.InputError(
             f"--device {device} cannot be used here ({reason}): use cpu"
         ) from None
-    return device
+    return distributed.local_device(device)
 
 
 def choose_domains(options, config) -> data.Benchmark:
@@ -274,7 +298,7 @@ def report(options: argparse.Namespace) -> None:
     for path, reason in benchmark.skipped.items():
         print(f"skipped {path}: {reason}")
     print(table({embedding: results}))
-    if options.json:
+    if options.json and distributed.rank() == 0:
         about = {
             "checkpoint": str(options.checkpoint),
             "step": contents["step"],
@@ -325,8 +349,10 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line()
-    with parser.sentences((CheckpointError,)):
-        report(parser.parse_args(arguments))
+    with parser.sentences((CheckpointError, distributed.DistributedError)):
+        options = parser.parse_args(arguments)
+        with distributed.processes(options.device):
+            report(options)
 
 
 if __name__ == "__main__":

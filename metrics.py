@@ -10,7 +10,7 @@ Q queries, G index rows, D width.
 
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -52,14 +52,16 @@ def retrieval_metrics(
     *,
     exclude: torch.Tensor | np.ndarray | None = None,
     k: int = 5,
+    search: Callable = cosine_topk,
 ) -> Metrics:
     """R@1 and mMP@k of `queries` searched in `index`.
 
     exclude: (Q,) or (Q, E) integers, index rows that each query may not return, or -1: those of the
-    query's own image. R@1 is 1 if the nearest neighbour is relevant. mMP@k: with n relevant rows in
-    the index, excluded ones aside, the number of relevant rows among the first min(n, k) neighbours
-    divided by min(n, k); n = 0 gives 0 and counts. Rows of equal similarity rank in ascending
-    order. Raises ValueError for lengths, shapes or values that do not fit.
+    query's own image. search: kernels.cosine_topk or a function with the same result.
+    R@1 is 1 if the nearest neighbour is relevant. mMP@k: with n relevant rows in the index, not
+    counting excluded ones, the number of relevant rows among the first min(n, k) neighbours divided
+    by min(n, k); n = 0 gives 0 and counts. Rows of equal similarity rank in ascending order.
+    Raises ValueError for lengths, shapes or values that do not fit.
     Source: mMP@k as in UnED (arXiv:2309.01858), but with exclusion by identity.
     """
     vectors = [torch.as_tensor(side.vectors) for side in (queries, index)]
@@ -79,7 +81,7 @@ def retrieval_metrics(
     n = relevant_counts(query_classes, index_classes)
     n -= shares_class(query_classes, index_classes, excluded).sum(1)
     n = np.minimum(n, k)[:, None]  # (Q, 1)
-    neighbours = nearest(*vectors, excluded, k)  # (Q, k)
+    neighbours = nearest(*vectors, excluded, k, search)  # (Q, k)
     relevant = shares_class(query_classes, index_classes, neighbours)  # (Q, k) bool
     recall = relevant[:, 0].astype(float)
     mmp = (relevant & (np.arange(k) < n)).sum(1) / np.maximum(n, 1)[:, 0]
@@ -119,7 +121,7 @@ def excluded_rows(exclude, query_count, index_count):
     return rows
 
 
-def nearest(queries, index, excluded, k):
+def nearest(queries, index, excluded, k, search):
     """(Q, k) int64: the most similar rows of the index, -1 where no more are left to a query."""
     neighbours = np.full((len(queries), k), -1)
     available = len(index) - (excluded >= 0).sum(1)  # (Q,)
@@ -127,7 +129,7 @@ def nearest(queries, index, excluded, k):
         group = np.flatnonzero(np.minimum(available, k) == count)
         if count > 0:
             part = queries if len(group) == len(queries) else queries[group]
-            _, rows = cosine_topk(part, index, int(count), exclude=excluded[group])
+            _, rows = search(part, index, int(count), exclude=excluded[group])
             neighbours[group, :count] = rows.cpu().numpy()
     return neighbours
 

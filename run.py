@@ -22,10 +22,12 @@ import torch
 import checkpoint
 import config as options
 import data
+import distributed
 import evaluate
 import pretrained
 import rundir
 from config import Config, ConfigError
+from distributed import GradientSum
 from model import SIZES, UDON
 from sampler import DomainSampler
 
@@ -44,6 +46,7 @@ class Run:
     steps_per_epoch: int  # as in the paper: training images of all domains // batch size
     digests: dict  # {domain: Split.digest() of its training images}
     teachers: Callable | None = None  # frozen ones, for the method `distill`
+    gradients: GradientSum = field(default_factory=lambda: GradientSum(()))
     step: int = 0  # steps done
     validated: int | None = None  # step of the last validation
     best: dict = field(default_factory=lambda: {"step": 0, "recall_at_1": -1.0, "mmp_at_5": -1.0})
@@ -79,8 +82,10 @@ class Run:
 
     def save(self, metrics: rundir.MetricsLog) -> None:
         """Writes last.pt, from which the run can be resumed. Raises InputError, and keeps the
-        previous last.pt, if a weight is not finite."""
+        previous last.pt, if a weight is not finite. Of several processes, rank 0 writes."""
         self.check_finite()
+        if distributed.rank() > 0:
+            return
         state = {
             "optimizer": self.optimizer.state_dict(),
             "sampler": self.sampler.state_dict(),
@@ -150,9 +155,10 @@ def finite_numbers(run: Run, domain: str, losses: dict) -> dict[str, float | Non
     """The losses as numbers, read from the device at once. Raises NotFinite if one of them or the
     norm of the gradient is not finite."""
     computed = {name: loss.detach().float() for name, loss in losses.items() if loss is not None}
+    sums = distributed.total(torch.stack(list(computed.values())))
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-    computed["gradient norm"] = torch.nn.utils.get_total_norm(gradients)
-    numbers = dict(zip(computed, torch.stack(list(computed.values())).tolist()))
+    norm = torch.nn.utils.get_total_norm(gradients)
+    numbers = dict(zip([*computed, "gradient norm"], [*torch.cat([sums, norm[None]]).tolist()]))
     for name, value in numbers.items():
         if not math.isfinite(value):
             raise NotFinite(

@@ -1,5 +1,5 @@
 """The directory of a run: its owner, its files, and what must agree before it is resumed.
-Copy with: checkpoint.py, model.py, torch.
+Copy with: checkpoint.py, model.py, timm_backbone.py, torch.
 
     run_directory(out, resume)    a context: makes and locks the directory -> its path
     load_last(out)                -> model and contents of last.pt, checked against the other files
@@ -149,7 +149,7 @@ class Interruption:
     """
 
     def __init__(self, out: str | os.PathLike):
-        self.out, self.requested, self.polled, self.status = Path(out), None, False, None
+        self.out, self.requested, self.polled, self.status = Path(out), 0, False, None
 
     def __enter__(self):
         self.previous = {}

@@ -17,6 +17,8 @@ B batch, D backbone width, S student width, T teacher width, C classes of the ba
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +30,7 @@ import torch
 import checkpoint
 import config as options
 import data
+import distributed
 import evaluate
 import pretrained
 import rundir
@@ -106,6 +109,8 @@ def compute_losses(
     negatives: str = "domain",
     domain_margin: float = 0.0,
     teachers: Callable | None = None,
+    part: float = 1.0,
+    whole: Callable | None = None,
 ) -> Losses:
     """The losses of images (B, 3, H, W) and labels (B,) in 0..C-1, all of one domain.
 
@@ -116,6 +121,10 @@ def compute_losses(
                of the others, so that the student separates the domains
     teachers   (images, domain) -> embedding (B, T), cosines (B, C): frozen teachers to distil from
                instead of the model's own
+    part       share of the images in a batch that is computed in parts: the losses are then their
+               share in those of the batch
+    whole      (student, teacher) -> the embeddings of the whole batch, (A, S) and (A, T), for the
+               relational loss, which is over all pairs
     The other arguments: see losses.py. Raises ValueError for weights that are not four, are all 0,
     or need a teacher that the model does not have. Source: paper section 3.
     """
@@ -148,7 +157,12 @@ def compute_losses(
             teacher_temperature=temperature,
         )
     if weights[3] > 0:
-        losses[3] = relational_distillation_loss(student, teacher, scale=relational_scale)
+        batch = None if whole is None else whole(student, teacher)
+        losses[3] = relational_distillation_loss(
+            student, teacher, scale=relational_scale, whole=batch
+        )
+    if part < 1:
+        losses[:3] = [None if loss is None else part * loss for loss in losses[:3]]
     total = sum(weight * loss for weight, loss in zip(weights, losses) if weight > 0)
     return Losses(total / sum(weights), *losses)
 
@@ -186,12 +200,9 @@ def training_step(run: Run, batches: Iterator) -> tuple[str, Losses, float]:
     model.backbone.requires_grad_(run.step >= run.frozen_steps)
 
     # 4. Backbone -> student and teacher -> cosines with the domain's classifiers -> losses.
-    settings = {name: getattr(config, name) for name in LOSS_OPTIONS}
-    losses = compute_losses(model, images, labels, domain, teachers=run.teachers, **settings)
-
-    # 5. One backward pass; the table above shows which loss trains what.
+    # 5. Their gradients; the table above shows which loss trains what.
     optimizer.zero_grad(set_to_none=True)
-    losses.total.backward()
+    losses = losses_and_gradients(run, images, labels, domain)
 
     # 6. A loss or gradient that is not finite stops the run before it reaches the weights.
     values = Losses(**finite_numbers(run, domain, losses._asdict()))
@@ -209,6 +220,49 @@ def training_step(run: Run, batches: Iterator) -> tuple[str, Losses, float]:
     if signal is not None:
         run.sampler.observe(domain, signal)
     return domain, values, waited
+
+
+def losses_and_gradients(run, images, labels, domain) -> Losses:
+    """The losses of a batch, and the gradients of their total.
+
+    The images are this process's share of the batch. With --accumulate they are taken in pieces, so
+    that the activations of one piece at a time are in memory. Losses and gradients are those of the
+    whole batch in both cases: the relational loss, over all pairs, gets the embeddings of all.
+    """
+    config = run.config
+    count = len(labels) if distributed.size() == 1 else config.batch_size
+    settings = {name: getattr(config, name) for name in LOSS_OPTIONS}
+    pieces = list(zip(images.chunk(config.accumulate), labels.chunk(config.accumulate)))
+    whole = None
+    if len(pieces) > 1 and config.weights[3] > 0:
+        parts = [embed_pair(run, piece, domain) for piece, _ in pieces]
+        batch = [distributed.gathered(torch.cat(part), count) for part in zip(*parts)]
+        whole = lambda student, teacher: batch  # noqa: E731
+    elif distributed.size() > 1:
+        whole = lambda *pair: [distributed.gathered(part, count) for part in pair]  # noqa: E731
+    sums = [None] * len(Losses._fields)
+    for piece, piece_labels in pieces:
+        run.gradients.active = piece is pieces[-1][0]
+        losses = compute_losses(
+            *(run.model, piece, piece_labels, domain),
+            teachers=run.teachers,
+            part=len(piece) / count,
+            whole=whole,
+            **settings,
+        )
+        losses.total.backward()
+        terms = [None if loss is None else loss.detach() for loss in losses]
+        sums = [term if sum_ is None else sum_ + term for sum_, term in zip(sums, terms)]
+    run.gradients.finish()
+    return Losses(*sums)
+
+
+@torch.no_grad()
+def embed_pair(run, images, domain):
+    """The embeddings (B, S), (B, T) of the student and the teacher that it is distilled from."""
+    outputs = run.model(images, domain)
+    teacher = outputs.teacher if run.teachers is None else run.teachers(images, domain)[0]
+    return outputs.student, teacher
 
 
 LOSS_OPTIONS = (
@@ -230,13 +284,14 @@ def train(config: Config, resume: bool = False) -> dict:
     ConfigError, RunError, InputError, CheckpointError or WeightsError for unusable input.
     """
     with contextlib.ExitStack() as stack:
-        out = stack.enter_context(rundir.run_directory(config.out, resume))
+        stack.enter_context(distributed.processes(config.device))
+        out = own_directory(stack, config.out, resume)
         config = dataclasses.replace(config, out=str(out))
         runs = [(config, resume)]
         for method in config.compare:  # checked and locked before hours of training
             other = options.with_method(config, method, out / method)
             started = (Path(other.out) / "last.pt").exists()
-            stack.enter_context(rundir.run_directory(other.out, started))
+            own_directory(stack, other.out, started)
             if started:
                 options.check_same(other, options.read(Path(other.out)), other.out)
             runs.append((other, started))
@@ -252,12 +307,24 @@ def train(config: Config, resume: bool = False) -> dict:
     return results[config.method]
 
 
+def own_directory(stack: contextlib.ExitStack, out: str | None, resume: bool) -> Path:
+    """Makes and locks the directory of a run, on rank 0 for all processes."""
+    if distributed.rank() == 0:
+        out = stack.enter_context(rundir.run_directory(out, resume))
+    return distributed.agreed(out)
+
+
 def train_one(config: Config, resume: bool, interruption: rundir.Interruption) -> dict:
     """`train` without comparisons, in a directory that exists."""
     benchmark = data.Benchmark(config.data, config.domains, on_bad_image=config.on_bad_image)
     splits = {domain: benchmark.split(domain, "train") for domain in benchmark.domains}
     state = rundir.load_last(Path(config.out)) if resume else None
     run = build_run(config, splits, state)
+    run.gradients = distributed.GradientSum(run.model.parameters())
+    run.identity = distributed.agreed(run.identity)
+    distributed.require_same(
+        {"the code": code_digest(), "the configuration": config, "the data": run.digests}
+    )
     describe(run, splits)
     size = run.architecture["backbone"]["image_size"]
     open_sets = functools.partial(evaluate.open_sets, benchmark, antialias=config.antialias)
@@ -270,6 +337,7 @@ def train_one(config: Config, resume: bool, interruption: rundir.Interruption) -
         config.seed,
         antialias=config.antialias,
         min_area=config.min_area,
+        share=distributed.share(config.batch_size),
     )
     for note in benchmark.notes:
         print(f"note: {note}")
@@ -279,20 +347,31 @@ def train_one(config: Config, resume: bool, interruption: rundir.Interruption) -
         run.backbone = test(run, test_sets, "backbone")
         mean = 100 * run.backbone["mean"]["recall_at_1"]
         print(f"backbone as pre-trained: mean R@1 {mean:.2f} on test")
-    metrics = rundir.MetricsLog(run.out / "metrics.jsonl", state and state[1]["metrics"])
+    if distributed.rank() == 0:
+        metrics = rundir.MetricsLog(run.out / "metrics.jsonl", state and state[1]["metrics"])
+    else:
+        metrics = rundir.MetricsLog(Path(os.devnull))
     workers = 0 if batches.in_memory else config.workers
     print(f"training images decoded {f'by {workers} processes' if workers else 'in memory'}")
     stream = data.stream(batches, run.sampler, run.step, run.steps, workers)
     with contextlib.closing(metrics), contextlib.closing(stream):  # ends the processes, too
         run.save(metrics)
-        write_config(config)
-        (run.out / "stopped.json").unlink(missing_ok=True)
+        if distributed.rank() == 0:
+            write_config(config)
+            (run.out / "stopped.json").unlink(missing_ok=True)
         fit(run, batches, stream, val_sets, metrics, interruption)
         results = finish(run, test_sets, metrics)
-    if skipped := benchmark.skipped:
+    skipped = benchmark.skipped
+    if skipped and distributed.rank() == 0:
         checkpoint.write_json(run.out / "skipped.json", skipped)
         print(f"skipped {len(skipped)} images, listed in {run.out / 'skipped.json'}")
     return results
+
+
+def code_digest() -> str:
+    """A digest of the source of the project."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def write_config(config: Config) -> None:
@@ -321,6 +400,7 @@ def fit(run: Run, batches: data.TrainBatches, stream, val_sets, metrics, interru
             checkpoint.write_json(run.out / "stopped.json", error.about | {"files": files})
             raise
         progress.add(domain, losses.total, seconds, waited)
+        interruption.requested = max(distributed.collected(interruption.requested))
         if interruption.requested or run.step % config.save_every == 0:
             run.save(metrics)
         if interruption.requested:
@@ -379,7 +459,8 @@ def validate(run, val_sets, metrics):
     run.validated, better = run.step, (means["recall_at_1"], means["mmp_at_5"]) >= best
     if better:
         run.best = {"step": run.step, **means}
-        checkpoint.save(run.out / "best.pt", run.contents())
+        if distributed.rank() == 0:
+            checkpoint.save(run.out / "best.pt", run.contents())
     metrics.write({"step": run.step, "val": means, "sampler_weights": run.sampler.weights})
     print(
         f"step {run.step:,} validation: mean R@1 {100 * means['recall_at_1']:.2f}, "
@@ -397,6 +478,7 @@ def test(run, sets, embedding):
 def finish(run: Run, test_sets: dict, metrics: rundir.MetricsLog) -> dict:
     """Tests best.pt, writes test.json and prints the table."""
     config, best = run.config, run.out / "best.pt"
+    distributed.agreed(None)  # rank 0 has written best.pt
     trained = sum(parameter.numel() for parameter in run.optimizer.state)
     run.model, contents = checkpoint.load(best, run.device)
     if (contents["run"], contents["step"]) != (run.identity, run.best["step"]):
@@ -414,7 +496,9 @@ def finish(run: Run, test_sets: dict, metrics: rundir.MetricsLog) -> dict:
         "parameters": {"trained": trained, "inference": inference_parameters(run)},
         **spent(metrics, test_sets, config.batch_size),
     }
-    checkpoint.write_json(run.out / "test.json", results)
+    results = distributed.agreed(results)
+    if distributed.rank() == 0:
+        checkpoint.write_json(run.out / "test.json", results)
     print(f"\n{best}, step {contents['step']:,}: test queries, {config.index} index")
     print(evaluate.table({config.method: results, "backbone": run.backbone}))
     if results["mean"]["recall_at_1"] <= run.backbone["mean"]["recall_at_1"] and run.steps:
@@ -445,6 +529,7 @@ def command_line():
 
 
 USER_ERRORS = (
+    distributed.DistributedError,
     *(ConfigError, data.InputError, CheckpointError),
     *(pretrained.WeightsError, rundir.RunError),
 )
