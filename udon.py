@@ -400,10 +400,11 @@ def fit(run: Run, batches: data.TrainBatches, stream, val_sets, metrics, interru
             checkpoint.write_json(run.out / "stopped.json", error.about | {"files": files})
             raise
         progress.add(domain, losses.total, seconds, waited)
-        interruption.requested = max(distributed.collected(interruption.requested))
-        if interruption.requested or run.step % config.save_every == 0:
+        requested = max(distributed.collected(interruption.requested))  # by any process
+        if requested or run.step % config.save_every == 0:
             run.save(metrics)
-        if interruption.requested:
+        if requested:
+            interruption.requested = requested
             interruption.stop()
     interruption.polled = False
     if interruption.requested:

@@ -319,7 +319,12 @@ def table(results: dict) -> str:
     for kind, row in results["mutations"].items():
         used, refused = row["accepted"], row["refused"]
         lines.append(f"| {kind} | {row['tried']:,} | {used:,} | {refused:,} | {lost(row)} |")
-    lines += ["", f"{results['date']}, {results['machine']}.", ""]
+    limits = f"{SECONDS} s and {MEMORY >> 30} GiB of memory beyond that of the loaded program"
+    lines += [
+        "",
+        f"Limits of each mutation: {limits}. {results['date']}, {results['machine']}.",
+        "",
+    ]
     return "\n".join(lines)
 
 

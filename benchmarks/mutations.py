@@ -405,7 +405,7 @@ def options(work):
 
 def command_lines(work):
     """Strings given to `udon.py train`, up to the first step, and to `evaluate.py`."""
-    udon.fit = first_step
+    stop_after_a_step()
     names = [*config.DEFAULTS, "resume", "nonsense"]
     texts = ["", "-1", "0", "1", "1e308", "nan", "-inf", "9" * 400, "9" * 18, "1e-320", "x" * 5000]
     texts += ["\n", "\udcff", "-", "--", "d0", "mini", "udon", "all", "cpu", "cuda:9", "1 1 1 1"]
@@ -430,17 +430,20 @@ def command_lines(work):
     return attempt
 
 
-def first_step(run, batches, val_sets, metrics, interruption):
-    """Stands in for udon.fit: one training step."""
-    if run.step < run.steps:
-        stream = data.stream(batches, run.sampler, run.step, run.steps, 0)
-        udon.logged_step(run, stream, metrics)
-    raise Started
+def stop_after_a_step():
+    """Lets udon's training loop raise Started after its first step."""
+    logged_step = udon.logged_step
+
+    def first_step(*arguments):
+        logged_step(*arguments)
+        raise Started
+
+    udon.logged_step = first_step
 
 
 def run_directories(work):
     """Files of a run's directory that is resumed, up to the first step."""
-    udon.fit = first_step
+    stop_after_a_step()
     source, out = work / "half", work / "resumed"
     last, odd = plain(torch.load(source / "last.pt", weights_only=True)), ODD + odd_tensors()
     settings = json.loads((source / "config.json").read_text())
