@@ -94,6 +94,7 @@ class Run:
             "backbone": self.backbone,
             "metrics": metrics.recorded(),
             "digests": self.digests,
+            "teachers": self.teachers and self.teachers.sources,
         }
         checkpoint.save(self.out / "last.pt", self.contents() | state)
 
@@ -127,6 +128,11 @@ class Run:
                 f"{self.out / 'last.pt'} holds no state of this run ({checkpoint.summary(error)}): "
                 "restore the run's own last.pt, or start a new run"
             ) from None
+        if state.get("teachers") != (self.teachers and self.teachers.sources):
+            raise ConfigError(
+                f"--teachers {self.config.teachers} are others than those that the run {self.out} "
+                "was started with: restore them, or start a new run"
+            )
         if self.step > self.steps:
             raise ConfigError(
                 f"--steps is {self.steps}, but the run {self.out} has done {self.step}: give that "
@@ -254,11 +260,12 @@ class FrozenTeachers:
     """Trained models as teachers: (images (B, 3, H, W), domain) -> embedding (B, T), unit rows, and
     cosines (B, C), without gradient.
 
-    models  {domain: model.UDON}: its teacher of the domain, or its student where it has none
+    models   {domain: model.UDON}: its teacher of the domain, or its student where it has none
+    sources  {domain: [run, step]}: the checkpoints of the models
     """
 
-    def __init__(self, models: dict[str, UDON]):
-        self.models = models
+    def __init__(self, models: dict[str, UDON], sources: dict[str, list] | None = None):
+        self.models, self.sources = models, sources or {}
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, domain: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,7 +277,7 @@ class FrozenTeachers:
 
 def load_teachers(config, classes, image_size, preprocessing, device) -> FrozenTeachers:
     """The teachers of --teachers. Raises ConfigError for teachers of other classes or images."""
-    path, models = Path(config.teachers), {}
+    path, models, sources = Path(config.teachers), {}, {}
     shared = None if path.is_dir() else checkpoint.load(path, device)
     for domain, count in classes.items():
         model, contents = shared or checkpoint.load(path / domain / "best.pt", device)
@@ -287,8 +294,8 @@ def load_teachers(config, classes, image_size, preprocessing, device) -> FrozenT
                 f"student {image_size} and {preprocessing}: train them with the same --image-size, "
                 "--init and --antialias"
             )
-        models[domain] = model
-    return FrozenTeachers(models)
+        models[domain], sources[domain] = model, [contents["run"], contents["step"]]
+    return FrozenTeachers(models, sources)
 
 
 def build_optimizer(model: UDON, config: Config) -> torch.optim.AdamW:

@@ -265,6 +265,15 @@ def test_other_training_images_are_named(copied, uned, tmp_path, capsys):
     assert "other training images" in sentence and "birds" in sentence
 
 
+def test_teachers_of_another_run_are_named(options, finished, tmp_path, capsys):
+    teachers = Path(shutil.copyfile(finished / "best.pt", tmp_path / "teachers.pt"))
+    out = ["--out", tmp_path / "distilled"]
+    train(*options, "--method", "distill", "--teachers", teachers, *out)
+    train(*out, "--resume")
+    rewritten(teachers, run="another")
+    assert "--teachers" in refusal(capsys, *out, "--resume")
+
+
 @pytest.mark.parametrize("name", ["last.pt", "best.pt"])
 def test_flipped_bit_in_a_checkpoint_is_found(copied, capsys, name):
     raw = bytearray((copied / name).read_bytes())
