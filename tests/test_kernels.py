@@ -346,6 +346,12 @@ def test_repeated_rows_count_once():
     check(queries, index, 4, exclude)
 
 
+def test_more_excluded_rows_than_groups():
+    queries, index = random_search(33, 100, 3000, 40)
+    generator = torch.Generator().manual_seed(33)
+    check(queries, index, 5, torch.randint(-1, 3000, (100, 300), generator=generator))
+
+
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_exclude_of_every_integer_type(dtype):
     """Positions relative to a later block are negative, which unsigned types cannot hold."""
