@@ -557,7 +557,7 @@ def test_the_cpu_algorithm_equals_the_reference(data):
     excluded = min(one_of(0, 1, 3), g - 1)
     generator = torch.Generator().manual_seed(seed)
     exclude = torch.randint(-1, g, (q, excluded), generator=generator)
-    k = draw(st.integers(1, min(70, g - excluded)))
+    k = draw(st.integers(1, min(one_of(3, 70), g - excluded)))
     sizes = {
         "tile": one_of(16, 64, 1024),
         "block": one_of(1, 7, 512),
@@ -595,6 +595,17 @@ def test_several_chunks_equal_brute_force(kind):
     """The best rows are in the last chunk, or in all of them."""
     queries, index = adversarial_search(kind, 30, 20, 300_000, 8)
     check(queries, index, 6, torch.arange(20)[:, None] + torch.tensor([[0, 299_000]]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gathering", (1, 2**20), ids=("gathered", "computed again"))
+def test_both_ways_to_the_rows_of_a_group(gathering, kind):
+    """In several chunks of several tiles; `gathering` is the assumed cost of a gathered row."""
+    queries, index = adversarial_search(kind, 34, 20, 3000, 8)
+    exclude = torch.arange(20)
+    with small_blocks(chunk=500, GATHERING=gathering):
+        found = cosine_topk(queries, index, 3, exclude=exclude)
+    assert same_bits(found, by_reference(queries, index, 3, exclude))
 
 
 def test_every_row_that_is_left_may_be_asked_for():
