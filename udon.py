@@ -114,31 +114,25 @@ def compute_losses(
 ) -> Losses:
     """The losses of images (B, 3, H, W) and labels (B,) in 0..C-1, all of one domain.
 
-    weights    of teacher and student classification, logit and relational distillation; total is
-               the weighted mean; a loss of weight 0 is not computed
+    weights    of the losses in the order of `Losses`, whose total is the weighted mean; a loss of
+               weight 0 is not computed
     negatives  "domain": the student's classification loss is over the domain's C classes, as
                published; "all": over those of all domains, with domain_margin added to the cosines
                of the others, so that the student separates the domains
     teachers   (images, domain) -> embedding (B, T), cosines (B, C): frozen teachers to distil from
                instead of the model's own
-    part       share of the images in a batch that is computed in parts: the losses are then their
-               share in those of the batch
-    whole      (student, teacher) -> the embeddings of the whole batch, (A, S) and (A, T), for the
-               relational loss, which is over all pairs
+    part       share of these images, and of their losses, in a batch that is computed in parts
+    whole      (student, teacher) -> (A, S), (A, T) of the whole batch, for the relational loss
     The other arguments: see losses.py. Raises ValueError for weights that are not four, are all 0,
     or need a teacher that the model does not have. Source: paper section 3.
     """
-    if len(weights) != 4 or not sum(weights) > 0:
-        raise ValueError(f"weights are {weights}: give four, one for each loss, not all 0")
     outputs = model(images, domain)  # backbone once, both heads, both classifiers
     teacher, teacher_cosines = outputs.teacher, outputs.teacher_cosines
     if teachers is not None:
         teacher, teacher_cosines = teachers(images, domain)
-    distills = weights[2] > 0 or weights[3] > 0
-    if (weights[0] > 0 and outputs.teacher is None) or (distills and teacher is None):
-        raise ValueError(f"weights are {weights}, but the model has no teachers: use (0, 1, 0, 0)")
+    check_weights(weights, outputs.teacher, teacher)
     student, student_cosines = outputs.student, outputs.student_cosines
-    if distills and not distill_into_backbone:  # the same values, detached from the backbone
+    if not distill_into_backbone and any(weights[2:]):  # the same values, but no gradient beyond
         student = model.student_head(outputs.backbone.detach())
         student_cosines = model.student_classifiers[domain](student)
 
@@ -150,21 +144,23 @@ def compute_losses(
         cosines = student_logit_cosines(model, outputs, domain, negatives, domain_margin)
         losses[1] = classification_loss(cosines, labels, **settings)
     if weights[2] > 0:  # this loss and the next detach the teacher
-        losses[2] = logit_distillation_loss(
-            student_cosines,
-            teacher_cosines,
-            student_temperature=temperature,
-            teacher_temperature=temperature,
-        )
+        both = dict(student_temperature=temperature, teacher_temperature=temperature)
+        losses[2] = logit_distillation_loss(student_cosines, teacher_cosines, **both)
     if weights[3] > 0:
-        batch = None if whole is None else whole(student, teacher)
-        losses[3] = relational_distillation_loss(
-            student, teacher, scale=relational_scale, whole=batch
-        )
+        batch = dict(scale=relational_scale, whole=whole and whole(student, teacher))
+        losses[3] = relational_distillation_loss(student, teacher, **batch)
     if part < 1:
         losses[:3] = [None if loss is None else part * loss for loss in losses[:3]]
     total = sum(weight * loss for weight, loss in zip(weights, losses) if weight > 0)
     return Losses(total / sum(weights), *losses)
+
+
+def check_weights(weights, own_teacher, teacher):
+    """Raises ValueError for weights that are not four, are all 0 or need a teacher that is None."""
+    if len(weights) != 4 or not sum(weights) > 0:
+        raise ValueError(f"weights are {weights}: give four, one for each loss, not all 0")
+    if (weights[0] > 0 and own_teacher is None) or (any(weights[2:]) and teacher is None):
+        raise ValueError(f"weights are {weights}, but the model has no teachers: use (0, 1, 0, 0)")
 
 
 def student_logit_cosines(model, outputs, domain, negatives, domain_margin):

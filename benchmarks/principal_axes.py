@@ -83,8 +83,9 @@ def embedded(options):
             f"--k is {options.k}, and the index has {size} images in groups of {GROUP}: give that "
             "or less"
         )
-    mean, std = preprocessing["mean"], preprocessing["std"]
-    parts = [evaluate.embed(model.embed, part.index, mean, std, "cpu") for part in sets.values()]
+    parts = [
+        evaluate.embed(model.embed, part.index, preprocessing, "cpu") for part in sets.values()
+    ]
     index = torch.cat(parts)
     return index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[:size]]
 

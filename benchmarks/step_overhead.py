@@ -53,6 +53,7 @@ def build_run(row: str, device: str, options: dict) -> udon.Run:
         sampler=DomainSampler(CLASSES, period=len(CLASSES)),
         device=device,
         steps_per_epoch=STEPS_PER_EPOCH,
+        digests={},
         teachers=teachers,
     )
 
