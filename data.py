@@ -20,6 +20,7 @@ Copy with: folders, images, procedural, torch, numpy, pillow.
 """
 
 import argparse
+import atexit
 import collections
 import contextlib
 import functools
@@ -29,6 +30,7 @@ import json
 import os
 import signal
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -687,6 +689,16 @@ class _Reports(Dataset):
         return item, {d: list(s.bad_rows.items())[known[d] :] for d, s in splits.items()}
 
 
+_open = weakref.WeakSet()  # generators whose processes may be running
+
+
+@atexit.register
+def _end_processes():
+    """Python waits at exit for these processes, and they ignore the signal that should end them."""
+    for items in list(_open):
+        items.close()
+
+
 def loaded(
     dataset: TrainBatches | TestImages, plans: Iterable[list], workers: int
 ) -> Iterator[tuple]:
@@ -696,6 +708,12 @@ def loaded(
     is taken from `plans` when all items of the previous one have been used. Raises what
     dataset[key] raises when its turn comes.
     """
+    items = _loaded(dataset, plans, workers)
+    _open.add(items)
+    return items
+
+
+def _loaded(dataset, plans, workers):
     keys = []
     loader = DataLoader(
         _Reports(dataset),
@@ -716,7 +734,7 @@ def loaded(
                 if isinstance(item, InputError):
                     raise item
                 yield key, item
-    finally:  # ends the processes now: at exit, they would be sent SIGTERM, which they ignore
+    finally:  # ends the processes
         del loader
 
 

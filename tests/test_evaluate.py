@@ -3,6 +3,9 @@
 import functools
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import hypothesis.strategies as st
@@ -17,6 +20,7 @@ import data
 import evaluate
 from evaluate import TestSet
 
+ROOT = Path(__file__).parents[1]
 FEW = settings(deadline=None, max_examples=25)
 ZERO = 9  # the pixel value that stands for the coordinate 0
 # With these statistics the networks see pixel - ZERO.
@@ -263,6 +267,17 @@ def test_an_embedding_that_is_not_finite_is_an_error():
     images = images_of([(1, 0, 0)], [7], "birds")
     with pytest.raises(data.InputError, match="domain birds, split test, are not finite"):
         evaluate.embed(lambda x: x.mean((2, 3)) * math.nan, images, PREPROCESSING, "cpu")
+
+
+def test_a_program_that_ends_in_the_middle_ends_its_loader_processes(uned):
+    """An unexpected error, for example, whose traceback keeps the generator alive."""
+    code = f"""
+import data
+split = data.Benchmark({str(uned)!r}).split("birds", "test")
+batches = data.TestImages(split, 16).batches(4, workers=1)
+next(batches)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def test_open_sets_shares_the_images_where_the_index_is_the_query_split():
