@@ -292,11 +292,12 @@ def train(config: Config, resume: bool = False) -> dict:
                 options.check_same(other, options.read(Path(other.out)), other.out)
             runs.append((other, started))
         interruption = stack.enter_context(rundir.Interruption(out))
+        benchmark = data.Benchmark(config.data, config.domains, on_bad_image=config.on_bad_image)
         results = {}
         for one, started in runs:
             if results:
                 print(f"\n{one.method}, for comparison:")
-            results[one.method] = train_one(one, started, interruption)
+            results[one.method] = train_one(one, started, interruption, benchmark)
     if config.compare:
         print(f"\n{' and '.join(results)} beside the backbone as pre-trained, test queries:")
         print(evaluate.table(results | {"backbone": results[config.method]["backbone"]}))
@@ -310,9 +311,10 @@ def own_directory(stack: contextlib.ExitStack, out: str | None, resume: bool) ->
     return distributed.agreed(out)
 
 
-def train_one(config: Config, resume: bool, interruption: rundir.Interruption) -> dict:
+def train_one(
+    config: Config, resume: bool, interruption: rundir.Interruption, benchmark: data.Benchmark
+) -> dict:
     """`train` without comparisons, in a directory that exists."""
-    benchmark = data.Benchmark(config.data, config.domains, on_bad_image=config.on_bad_image)
     splits = {domain: benchmark.split(domain, "train") for domain in benchmark.domains}
     state = rundir.load_last(Path(config.out)) if resume else None
     run = build_run(config, splits, state)
