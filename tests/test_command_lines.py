@@ -178,6 +178,23 @@ def test_a_finished_run_can_be_resumed(trained):
     assert (trained[0] / "test.json").read_text() == before
 
 
+def test_unreadable_images_are_skipped_on_request(tmp_path, capsys):
+    root, out = write_uned(tmp_path / "data", domains=("birds",), images=30), tmp_path / "run"
+    broken = [root / "images" / "birds" / name for name in ("train/2_1.png", "test/9_3.png")]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:200])
+    arguments = ["--data", root, "--out", out, *QUICK]
+    fails(capsys, udon.main, ["train", *arguments], broken[0], "cannot be read")
+    train(*arguments, "--on-bad-image", "skip")
+    skipped = json.loads((out / "skipped.json").read_text())
+    assert set(skipped) == set(map(str, broken))
+    result = json.loads((out / "test.json").read_text())["domains"]["birds"]
+    assert (result["queries"], result["index"]) == (119, 119)
+    fails(capsys, evaluate.main, [out / "best.pt"], broken[1], "cannot be read")
+    again = evaluated(out / "best.pt", "--on-bad-image", "skip")
+    assert again["domains"]["birds"] == result and set(again["skipped"]) == {str(broken[1])}
+
+
 @pytest.mark.parametrize("main, line", [(udon.main, "train --help"), (evaluate.main, "--help")])
 def test_help(capsys, main, line):
     with pytest.raises(SystemExit) as stop:
