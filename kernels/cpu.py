@@ -30,9 +30,10 @@ CHUNK = 2**18  # index rows of a chunk, over all threads: 36 MB of maxima
 PREPARED = 2**23  # values, 32 MB: rows of a tile, which few queries make longer
 GATHERED = 2**18  # values, 1 MB: rows that are gathered at a time
 GATHERING = 32  # rows of a product that cost as much as one gathered row
-SURVIVORS = 2048  # rows per query, and 16 k more, that the reference scores one by one
-FEW = 2**23  # multiplications: with so many or fewer, the reference is faster
-THREADED, TIMED = 2**24, 2**30  # multiplications worth threads, worth choosing the product
+READ, RANKED = 2**13, 128  # groups read from a tile at a time; queries left to the reference
+SURVIVORS = 1024  # rows per query, or 4 k, that the reference scores one by one
+# Multiplications: up to FEW the reference is faster; from the others on, threads pay, and timing.
+FEW, THREADED, TIMED = 2**23, 2**24, 2**30
 
 _entering, _inside = threading.Lock(), []  # of _single_threaded
 
@@ -133,7 +134,7 @@ class _Block:
         (self.count, self.width), self.total = queries.shape, len(index)
         self.best = self.unit.new_empty(self.count, 0)  # (q, k + E) largest maxima
         self.counts = torch.zeros(self.count, dtype=torch.int64)  # rows that reach the bound
-        self.limit = SURVIVORS + 16 * k
+        self.limit = max(SURVIVORS, 4 * k)
         self.found = []  # query * 2^32 + row
 
     def keys(self, chunk):
@@ -186,9 +187,9 @@ class _Block:
         if len(group) <= most:
             return self.gather(first * self.size, group, query)
         for i in range(tiles):
-            group, query = (parts[i] >= self.bounds).nonzero(as_tuple=True)
-            if len(group):
-                tile = self.tile(first + i).view(FANOUT, self.stride, -1)
+            pairs = (parts[i] >= self.bounds).nonzero()
+            tile = self.tile(first + i).view(FANOUT, self.stride, -1) if len(pairs) else None
+            for group, query in (part.T for part in pairs.split(READ) if len(part)):
                 scores = tile[:, group, query]  # (16, n)
                 member, pair = (scores >= self.bounds[query]).nonzero(as_tuple=True)
                 row = (first + i) * self.size + member * self.stride + group[pair]
@@ -217,10 +218,10 @@ class _Block:
         self.bounds[self.counts > self.limit] = torch.inf  # left to the reference
 
     def ranked(self):
-        pairs = torch.cat(self.found).sort().values
         many = self.counts > self.limit
-        pairs = pairs[~many[pairs >> 32]]
+        pairs = torch.cat([part[~many[part >> 32]] for part in self.found]).sort().values
         query, row = pairs >> 32, pairs & (2**32 - 1)
         keys = reference.best(self.queries, self.index, query, row, self.k, self.exclude)
-        keys[many] = reference.topk(self.queries[many], self.index, self.k, self.exclude[many])
+        for some in many.nonzero()[:, 0].split(RANKED):
+            keys[some] = reference.topk(self.queries[some], self.index, self.k, self.exclude[some])
         return keys

@@ -37,8 +37,8 @@ def cosine_topk(
     device; rows of equal score ascend. A score is the cosine in float64 rounded to a multiple of
     2^-24, 0 for a zero row. The result has the same bits for any backend, batching and threads.
 
-    A CPU search takes up to 128 MB beside inputs and result for D to 1024 and k to 100. It sets
-    torch's number of threads to 1 meanwhile; a thread that first uses torch then keeps the 1.
+    On 2 CPU threads, a search takes up to 128 MB beside inputs and result for k to 100, 25 MB more
+    on each further one. Meanwhile torch's number of threads is 1, which a new thread may keep.
     Raises ValueError for shapes, types or values that do not fit, and k above the rows left.
     """
     queries, index = _matrix("queries", queries), _matrix("index", index)

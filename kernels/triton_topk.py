@@ -127,8 +127,7 @@ def select(
 def topk(queries, index, k, exclude, precision="tf32"):
     keys = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     sides = _tame(queries), _tame(index.to(queries.device))
-    if sides[0].dtype != sides[1].dtype:
-        sides = sides[0].float(), sides[1].float()
+    sides = sides if sides[0].dtype == sides[1].dtype else [side.float() for side in sides]
     uses_tf32 = precision == "tf32" and sides[0].dtype == torch.float32
     for top in range(0, len(queries), QUERIES):
         block, excluded = queries[top : top + QUERIES], exclude[top : top + QUERIES]
