@@ -88,7 +88,7 @@ GROUPS = {  # the first field of each group of options
     "preset": "model",
     "method": "training",
     "weights": "losses",
-    "sampler": "the paper's variants",
+    "sampler": "paper's variants",
 }
 MAY_CHANGE = (  # when a run is resumed
     *("steps", "workers", "device", "data", "out", "compare", "on_bad_image"),
@@ -340,6 +340,8 @@ def check_number(name, value):
 
 
 def shown(value) -> str:
+    if value is None:
+        return "not given"
     """A value as on the command line, shortened, on one line."""
     if isinstance(value, int) and value.bit_length() > 1000:  # str() refuses the longest
         return "a number of hundreds of digits"
@@ -564,7 +566,8 @@ def configuration(given: dict, resume: bool) -> Config:
     the options that may change. Without --data and --method, DEMO is compared with."""
     if not resume:
         demo = () if given.keys() & {"data", "method"} else DEMO
-        return Config(**{"preset": "mini", "compare": demo} | given)
+        place = {"data": os.path.abspath(given["data"])} if given.get("data") else {}
+        return Config(**{"preset": "mini", "compare": demo} | given | place)
     if "out" not in given:
         raise ConfigError("--resume needs --out, the directory of the run to resume")
     started = read(Path(given["out"]))

@@ -99,6 +99,9 @@ INDEX_OF = {"test": "index", "val": "small_index"}  # searched where a domain ha
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are one sentence on stderr and exit status 2."""
 
+    def __init__(self, **arguments):
+        super().__init__(allow_abbrev=False, **arguments)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {printable(message)}; --help lists the options\n")
 

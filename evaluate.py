@@ -291,7 +291,8 @@ def report(options: argparse.Namespace) -> None:
     )
     images = sum(len(part) for parts in sets.values() for part in set(parts))
     width = model.backbone.width
-    print(f"{images:,} images; their embeddings take at most {4 * width * images / 1e6:,.0f} MB")
+    if 4 * width * images > 1e8:
+        print(f"{images:,} images, whose embeddings take up to {4 * width * images / 1e6:,.0f} MB")
     results = evaluate(model, sets, preprocessing, index=index, embedding=embedding)
     for note in benchmark.notes:
         print(f"note: {note}")

@@ -56,8 +56,10 @@ class Run:
     @property
     def steps(self) -> int:
         """Length of the run; 0 if nothing is trained."""
+        if self.config.steps is not None:
+            return self.config.steps
         epochs = self.config.epochs
-        return self.config.steps or (epochs and max(1, int(epochs * self.steps_per_epoch)))
+        return max(1, int(epochs * self.steps_per_epoch)) if epochs > 0 else 0
 
     @property
     def frozen_steps(self) -> int:
@@ -164,7 +166,7 @@ def finite_numbers(run: Run, domain: str, losses: dict) -> dict[str, float | Non
     sums = distributed.total(torch.stack(list(computed.values())))
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    numbers = dict(zip([*computed, "gradient norm"], [*torch.cat([sums, norm[None]]).tolist()]))
+    numbers = dict(zip([*computed, "gradient norm"], torch.cat([sums, norm[None]]).tolist()))
     for name, value in numbers.items():
         if not math.isfinite(value):
             raise NotFinite(
@@ -383,7 +385,12 @@ def describe(run, splits):
     if config.init == "scratch" and run.steps:
         print(
             "note: the backbone starts from random weights; the published setting starts from "
-            f"public ones (--init FILE); it is frozen for the first {run.frozen_steps:,} steps"
+            "public ones (--init FILE)"
+        )
+    if 0 < run.steps <= run.frozen_steps:
+        print(
+            f"note: the backbone is not trained: it is frozen for the first {run.frozen_steps:,} "
+            f"steps, and the run has {run.steps:,} (--frozen-epochs)"
         )
     for domain, split in splits.items():
         print(f"  {domain:16}{len(split):9,} training images of {split.num_classes:,} classes")

@@ -299,7 +299,7 @@ def train(config: Config, resume: bool = False) -> dict:
                 print(f"\n{one.method}, for comparison:")
             results[one.method] = train_one(one, started, interruption, benchmark)
     if config.compare:
-        print(f"\n{' and '.join(results)} beside the backbone as pre-trained, test queries:")
+        print(f"\n{', '.join(results)} beside the backbone before training, test queries:")
         print(evaluate.table(results | {"backbone": results[config.method]["backbone"]}))
     return results[config.method]
 
@@ -344,7 +344,7 @@ def train_one(
     else:
         run.backbone = test(run, test_sets, "backbone")
         mean = 100 * run.backbone["mean"]["recall_at_1"]
-        print(f"backbone as pre-trained: mean R@1 {mean:.2f} on test")
+        print(f"backbone before training: mean R@1 {mean:.2f} on test")
     if distributed.rank() == 0:
         metrics = rundir.MetricsLog(run.out / "metrics.jsonl", state and state[1]["metrics"])
     else:
@@ -368,7 +368,8 @@ def train_one(
 
 def code_digest() -> str:
     """A digest of the source of the project."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    root = Path(__file__).parent
+    files = sorted([*root.glob("*.py"), *root.glob("kernels/*.py")])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -501,7 +502,10 @@ def finish(run: Run, test_sets: dict, metrics: rundir.MetricsLog) -> dict:
     print(f"\n{best}, step {contents['step']:,}: test queries, {config.index} index")
     print(evaluate.table({config.method: results, "backbone": run.backbone}))
     if results["mean"]["recall_at_1"] <= run.backbone["mean"]["recall_at_1"] and run.steps:
-        print(f"the trained {config.embedding} embedding is not better than the backbone alone")
+        print(
+            f"the trained {config.embedding} embedding is not better than the backbone alone; few "
+            "images or classes are a common cause: try fewer --epochs or a lower --backbone-lr"
+        )
     arguments = [str(best), *(["--data", config.data] if config.data else [])]
     print(f"evaluate again: python evaluate.py {shlex.join(arguments)}")
     return results

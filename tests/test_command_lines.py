@@ -149,7 +149,7 @@ def test_without_data_procedural_domains_are_trained_on_by_three_methods(
     assert [part["method"] for part in parts] == ["udon", "udon-joint", "usc"]
     assert all(set(part["domains"]) == {"faces", "symbols"} for part in parts)
     printed = capsys.readouterr().out
-    table = printed[printed.rindex("udon and udon-joint and usc beside") :]
+    table = printed[printed.rindex("udon, udon-joint, usc beside") :]
     assert mean_row(table) == percentages(*parts, parts[0]["backbone"])
     evaluated(out / "best.pt")
     assert "on the procedural domains" in capsys.readouterr().out
@@ -169,7 +169,7 @@ def test_compared_methods_differ_in_their_overlays_alone(uned, tmp_path, capsys)
     train("--out", out, "--resume")
     again = json.loads((out / "ujc" / "test.json").read_text())
     assert again["domains"] == results[1]["domains"]
-    assert "udon and ujc beside the backbone as pre-trained" in capsys.readouterr().out
+    assert "udon, ujc beside the backbone before training" in capsys.readouterr().out
 
 
 def test_a_finished_run_can_be_resumed(trained):

@@ -76,7 +76,7 @@ CHOICES = {  # where the values that an option may take are defined
     "method": METHODS,
     "compare": METHODS,
 }
-GROUPS = ("data", "model", "training", "losses", "the paper's variants")
+GROUPS = ("data", "model", "training", "losses", "paper's variants")
 FIELDS = tuple(field.name for field in dataclasses.fields(Config))
 
 
@@ -229,7 +229,7 @@ WRONG = [
     ({"learning_rate": 1}, "option 'learning_rate' is unknown: use one of data, domains"),
     ({"preset": "nano"}, "--preset is nano: it must be one of mini, micro"),
     ({"method": "kd"}, "--method is kd: it must be one of udon, udon-joint"),
-    ({"method": None}, "--method is None"),
+    ({"method": None}, "--method is not given"),
     ({"model": "b/16"}, "--model is b/16: it must be one of micro"),
     ({"compare": ("kd",)}, "--compare is kd: it must be any number of one of udon"),
     ({"steps": 2.5}, "--steps is 2.5: it must be a whole number or left out"),

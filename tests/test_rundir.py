@@ -351,7 +351,7 @@ def test_interrupted_comparison_is_resumed_as_a_whole(options, tmp_path, monkeyp
     command = capsys.readouterr().out.splitlines()[-1].partition("python udon.py ")[2]
     assert shlex.split(command) == ["train", "--out", str(out), "--resume"]
     udon.main(shlex.split(command))
-    assert "udon and usc and ujc beside the backbone" in capsys.readouterr().out
+    assert "udon, usc, ujc beside the backbone" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {*rundir.FILES, "usc", "ujc"}
 
 
