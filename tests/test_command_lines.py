@@ -230,6 +230,7 @@ TRAIN_MISTAKES = [  # the command line, what the sentence must name
     ("", "command"),
     ("trian", "trian"),
     ("train --learning-rate 1", "--learning-rate"),
+    ("train --step 4", "--step"),  # no abbreviations
     ("train --steps many", "many"),
     ("train --steps 0", "--steps is 0"),
     ("train --steps -4", "--steps is -4"),
