@@ -69,3 +69,8 @@ def test_difference_of_a_bit_is_found():
     second["a"][0].view(torch.int32)[0] ^= 1
     assert not faults.same(first, second)
     assert not faults.same({"a": 1}, {"a": 1.0})
+
+
+def test_report_shows_the_committed_results():
+    results = json.loads((ROOT / "results" / "faults.json").read_text(encoding="utf-8"))
+    assert faults.table(results) in (ROOT / "results" / "README.md").read_text(encoding="utf-8")
