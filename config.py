@@ -340,9 +340,9 @@ def check_number(name, value):
 
 
 def shown(value) -> str:
+    """A value as on the command line, shortened, on one line."""
     if value is None:
         return "not given"
-    """A value as on the command line, shortened, on one line."""
     if isinstance(value, int) and value.bit_length() > 1000:  # str() refuses the longest
         return "a number of hundreds of digits"
     text = " ".join(map(shown, value)) if isinstance(value, tuple) else str(value)
