@@ -29,9 +29,9 @@ DOMAINS = ("birds", "cars")
 
 @pytest.mark.parametrize("row", rows.ROWS)
 def test_every_row_is_a_valid_configuration(row):
-    options = rows.config_of(row, seed=7, data="x")
+    options = rows.config_of(row, seed=7, data="/x")
     teachers = rows.ROWS[row].teachers
-    assert (options.seed, options.data, options.teachers) == (7, "x", teachers)
+    assert (options.seed, options.data, options.teachers) == (7, "/x", teachers)
     assert teachers is None or teachers in rows.ROWS
     assert rows.ROWS[row].base in (None, *rows.SYSTEMS)
 
