@@ -134,8 +134,7 @@ class _Block:
         (self.count, self.width), self.total = queries.shape, len(index)
         self.best = self.unit.new_empty(self.count, 0)  # (q, k + E) largest maxima
         self.counts = torch.zeros(self.count, dtype=torch.int64)  # rows that reach the bound
-        self.limit = max(SURVIVORS, 4 * k)
-        self.found = []  # query * 2^32 + row
+        self.limit, self.found = max(SURVIVORS, 4 * k), []  # query * 2^32 + row
 
     def keys(self, chunk):
         size = min(TILE * max(1, BLOCK // self.count), max(TILE, PREPARED // self.width))
@@ -165,13 +164,14 @@ class _Block:
 
     def search(self, first, tiles):
         """Adds the rows of consecutive tiles that reach the bounds."""
-        parents, needed = -(-tiles // FANOUT), min(self.total, self.k + self.exclude.shape[1])
-        groups = self.buffer("groups", parents * self.size)
+        needed, fanout = min(self.total, self.k + self.exclude.shape[1]), min(FANOUT, tiles)
+        parents = -(-tiles // fanout)
+        groups = self.buffer("groups", parents * fanout * self.stride)
         parts = groups.split(self.stride)  # of a tile each
         groups[tiles * self.stride :] = -torch.inf
         for i in range(tiles):
             torch.amax(self.tile(first + i).view(FANOUT, self.stride, -1), 0, out=parts[i])
-        supergroups = groups.view(parents, FANOUT, self.stride, -1).amax(1).flatten(0, 1)
+        supergroups = groups.view(parents, fanout, self.stride, -1).amax(1).flatten(0, 1)
         maxima = supergroups if len(supergroups) >= 4 * needed else groups
         self.best = torch.cat([self.best, maxima.T], dim=1).topk(needed, dim=1).values
         error = (3 * self.width + 40) * 2.0**-24  # of a difference of float32 scores
@@ -180,7 +180,7 @@ class _Block:
         most = tiles * self.size * self.count // (FANOUT * GATHERING)  # groups worth gathering
         group, query = (supergroups >= self.bounds).nonzero(as_tuple=True)
         if len(group) <= most:
-            group = self.members(group)  # (n, 16)
+            group = self.members(group, fanout)  # (n, fanout)
             reached = groups[group, query[:, None]] >= self.bounds[query, None]
             parent, member = reached.nonzero(as_tuple=True)
             group, query = group[parent, member], query[parent]
@@ -195,16 +195,16 @@ class _Block:
                 row = (first + i) * self.size + member * self.stride + group[pair]
                 self.add(query[pair], row)
 
-    def members(self, nodes):
-        """(n,) -> (n, 16): rows of groups, or groups of groups."""
-        firsts = nodes // self.stride * self.size + nodes % self.stride
-        return firsts[:, None] + self.stride * torch.arange(FANOUT)
+    def members(self, nodes, fanout):
+        """(n,) -> (n, fanout): rows of groups, or groups of groups."""
+        firsts = nodes // self.stride * fanout * self.stride + nodes % self.stride
+        return firsts[:, None] + self.stride * torch.arange(fanout)
 
     def gather(self, left, groups, queries):
         """Adds rows of pairs (n,) of groups, of a chunk that begins at row `left`, and queries."""
         step = max(1, GATHERED // (FANOUT * self.width))
         for group, query in zip(groups.split(step), queries.split(step)):
-            rows = (self.members(group) + left).flatten()  # (16 n,)
+            rows = (self.members(group, FANOUT) + left).flatten()  # (16 n,)
             near = self.index.index_select(0, rows.clamp(max=self.total - 1))
             near = self.normalise(near).view(-1, FANOUT, self.width)
             scores = torch.bmm(self.unit.index_select(0, query)[:, None], near.mT)[:, 0]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 QUERY_BLOCK, INDEX_BLOCK = 1024, 2048  # 16 MB of float64 scores
 ROWS_BLOCK = 2**20  # values, 8 MB of float64: rows of such a block
-PAIR_BLOCK = 2**19  # values, 4 MB of float64: pairs scored at a time, times D
+PAIR_BLOCK = 2**16  # values: pairs scored at a time, times D
 ONE = 2**24  # the score 1
 NOTHING = -(2**63)  # a key below that of any score
 
