@@ -30,9 +30,9 @@ CHUNK = 2**18  # index rows of a chunk, over all threads: 36 MB of maxima
 PREPARED = 2**23  # values, 32 MB: rows of a tile, which few queries make longer
 GATHERED = 2**18  # values, 1 MB: rows that are gathered at a time
 GATHERING = 32  # rows of a product that cost as much as one gathered row
-READ, RANKED = 2**13, 128  # groups read from a tile at a time; queries left to the reference
+READ, RANKED = 2**13, 128  # groups read from a tile, queries left to the reference, at a time
 SURVIVORS = 1024  # rows per query, or 4 k, that the reference scores one by one
-# Multiplications: up to FEW the reference is faster; from the others on, threads pay, and timing.
+# Multiplications: the reference up to FEW, threads from THREADED, the faster product from TIMED.
 FEW, THREADED, TIMED = 2**23, 2**24, 2**30
 
 _entering, _inside = threading.Lock(), []  # of _single_threaded
