@@ -53,6 +53,7 @@ PRESETS = {
     "uned-s16": {"model": "s16"},
     "uned-b16": {"model": "b16"},
     "uned-l16": {"model": "l16"},
+    "uned-b16-clip": {"model": "b16", "init_statistics": "clip"},
 }
 
 SINGLE = {"weights": (0.0, 1.0, 0.0, 0.0), "sampler": "round_robin", "signal": "student"}
@@ -79,7 +80,7 @@ METHODS = {
 MODELS = ("micro", "mini", "s16", "b16", "l16")  # sizes of the ViT
 # A model of timm comes with its weights and image size, unless these are given.
 TIMM = {"init": "timm", "image_size": 0}
-Preset = Literal["mini", "micro", "uned-s16", "uned-b16", "uned-l16"]
+Preset = Literal["mini", "micro", "uned-s16", "uned-b16", "uned-l16", "uned-b16-clip"]
 Method = Literal["udon", "udon-joint", "usc", "ujc", "teachers", "distill", "backbone"]
 DEMO = ("udon-joint", "usc")  # what `python udon.py train` compares with without other options
 
@@ -92,13 +93,14 @@ GROUPS = {  # the first field of each group of options
 }
 MAY_CHANGE = (  # when a run is resumed
     *("steps", "workers", "device", "data", "out", "compare", "on_bad_image"),
+    *("accumulate", "compile", "checkpoint_activations"),
 )
 LEAST = {  # the smallest value of numbers, 0 unless given
     **dict.fromkeys(("student_dim", "teacher_dim", "head_layers", "batch_size"), 1),
     **dict.fromkeys(("steps", "val_every", "save_every", "period", "accumulate"), 1),
     "margin": -math.inf,
 }
-MOST = {"head_layers": 100, "workers": 1024, "min_area": 1}
+MOST = {"head_layers": 100, "workers": 1024, "min_area": 1, "ema": 1, "views": 1000}
 POSITIVE = ("min_area", "scale", "temperature")  # must be above 0
 
 
@@ -151,6 +153,12 @@ class Config:
     init_statistics: Literal["half", "imagenet", "clip"] | None = None
     """Mean and standard deviation that the images are normalised with: 0.5, ImageNet's or CLIP's;
     set it when a note says that the statistics of these weights were assumed."""
+    freeze_backbone: bool = False
+    """Train the heads alone, on features of the backbone that are computed once and kept in the
+    directory of the run; the way to use a strong public backbone without a GPU."""
+    views: int = 4
+    """With --freeze-backbone: random training crops of each image that features are computed of,
+    besides those of the test view."""
     student_dim: int = 64
     """Width of the universal embedding (paper section 4)."""
     teacher_dim: int = 256
@@ -173,6 +181,15 @@ class Config:
     accumulate: int = 1
     """Pieces in which the images of a step are computed, so that only one needs memory at a time;
     the losses stay those of the whole batch, and the step takes up to half as long again."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the backbone in training: fp32 (on GPUs with TF32 products) or bf16, which
+    needs a device that computes in it; heads, losses, weights and tests are always float32."""
+    compile: bool = False
+    """Compile the backbone with torch.compile: slower to start, faster steps; needs a C++ compiler
+    on a CPU."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of the backbone's blocks for the backward pass and compute the rest
+    again: much less memory, a third more time."""
     epochs: float = 10.0
     """Training length, in passes over as many images as all domains have (paper section 4)."""
     steps: int | None = None
@@ -191,6 +208,9 @@ class Config:
     weights."""
     weight_decay: float = 1e-6
     """Decoupled weight decay of all parameters (official setting)."""
+    ema: float = 0.0
+    """Decay of a running mean of all weights, such as 0.999, which is validated, tested and kept in
+    best.pt instead of the weights themselves (paper: 0, none)."""
     seed: int = 0
     """Seed of initial weights, batches and sampler; vary it to measure a spread."""
     val_every: int | None = None
