@@ -22,6 +22,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from model import UDON, ViT
 from timm_backbone import TimmBackbone, TimmError
@@ -36,17 +37,24 @@ class CheckpointError(ValueError):
     """A file that cannot be used as a checkpoint, or not be written: one sentence."""
 
 
-def build(architecture: dict) -> UDON:
+def build(architecture: dict, backbone: nn.Module | None = None) -> UDON:
     """The untrained model of {"backbone": arguments of ViT, "classes", "student_dim", ...}.
 
-    A backbone of timm is {"timm": name, "image_size": side}.
+    A backbone of timm is {"timm": name, "image_size": side}; {"module": name, "image_size": side}
+    is the one given as `backbone`. Raises CheckpointError for such a description without it.
     """
     arguments = dict(architecture)
-    backbone = arguments.pop("backbone")
-    if "timm" in backbone:
-        backbone = TimmBackbone(backbone["timm"], backbone["image_size"])
+    description = arguments.pop("backbone")
+    if "module" in description:
+        if backbone is None:
+            raise CheckpointError(
+                f"its backbone is the module {description['module']}, which is not part of this "
+                "project: load it in Python with checkpoint.load(path, backbone=module)"
+            )
+    elif "timm" in description:
+        backbone = TimmBackbone(description["timm"], description["image_size"])
     else:
-        backbone = ViT(**backbone)
+        backbone = ViT(**description)
     return UDON(backbone, arguments.pop("classes"), **arguments)
 
 
@@ -107,9 +115,12 @@ def digest_of(path) -> bytes:
     return digest.hexdigest().encode()
 
 
-def load(path: str | os.PathLike, device: str = "cpu") -> tuple[UDON, dict]:
+def load(
+    path: str | os.PathLike, device: str = "cpu", backbone: nn.Module | None = None
+) -> tuple[UDON, dict]:
     """The model of a checkpoint, in evaluation mode on `device`, and the contents of the file.
 
+    backbone  the module, filled in place, of a run that was trained with one of its own
     Raises CheckpointError for a file that is missing, damaged, of an older version or no
     checkpoint. Nothing is built before the file's description has been compared with its tensors.
     """
@@ -118,12 +129,12 @@ def load(path: str | os.PathLike, device: str = "cpu") -> tuple[UDON, dict]:
         check_description(contents)
         check_depth(contents["architecture"], contents["model"])
         with torch.device("meta"):
-            described = build(contents["architecture"])
+            described = build(contents["architecture"], backbone)
         if properties(contents["model"]) != properties(described.state_dict()):
             raise ValueError("the description does not fit the tensors")
-        model = build(contents["architecture"])
+        model = build(contents["architecture"], backbone)
         model.load_state_dict(contents["model"])
-    except TimmError as error:
+    except (TimmError, CheckpointError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be built: {error}") from None
     except MALFORMED as error:
         raise CheckpointError(
@@ -164,12 +175,12 @@ def check_description(contents):
 
 def check_backbone(backbone):
     """Raises KeyError, TypeError or ValueError unless this can be the description of a backbone."""
-    is_timm = isinstance(backbone.get("timm"), str)
-    sizes = () if is_timm else ("patch_size", "width", "depth", "heads")
+    is_other = isinstance(backbone.get("timm", backbone.get("module")), str)
+    sizes = () if is_other else ("patch_size", "width", "depth", "heads")
     for name in ("image_size", *sizes):
         if type(backbone[name]) is not int or backbone[name] < 1:
             raise ValueError(f"{name} of the backbone is no positive number")
-    if not is_timm and not 0 < backbone["norm_eps"] < 1:
+    if not is_other and not 0 < backbone["norm_eps"] < 1:
         raise ValueError("norm_eps of the backbone is not between 0 and 1")
 
 

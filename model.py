@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -183,6 +184,7 @@ class ViT(nn.Module):
             Block(width, heads, hidden_width, activation) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
+        self.grad_checkpointing = False
         self.set_family(activation, norm_eps, pre_norm)
         self._initialise()
 
@@ -220,6 +222,11 @@ class ViT(nn.Module):
                 module.activation = activation
         self.architecture.update(activation=activation, norm_eps=norm_eps, pre_norm=pre_norm)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether the backward pass computes each block again from its input, which saves memory;
+        named as in timm."""
+        self.grad_checkpointing = enable
+
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) with H = W = image_size -> (B, D), not L2-normalised.
 
@@ -236,7 +243,10 @@ class ViT(nn.Module):
         x = torch.cat([cls_token, patches], dim=1) + self.pos_embed  # (B, N+1, D)
         x = self.norm_pre(x)
         for block in self.blocks:
-            x = block(x)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return self.norm(x)[:, 0]
 
 
@@ -358,6 +368,8 @@ class UDON(nn.Module):
     classes      {domain: number of training classes}; any name but the empty one
     teacher_dim  T, or 0 for a model without teachers
     head_layers  linear layers per head; more than 1 gives the MLP heads of the paper's appendix
+    Attribute `precision`: the dtype of the backbone's products in training mode, None for that of
+    its weights. Everything after the backbone is in float32, and so is evaluation mode.
     Raises ValueError for an empty domain name and for a domain without classes.
     """
 
@@ -378,6 +390,7 @@ class UDON(nn.Module):
                 )
         width = backbone.width
         taught = classes if teacher_dim else {}
+        self.precision: torch.dtype | None = None
         self.backbone = backbone
         self.student_head = build_head(width, student_dim, head_layers)
         self.student_classifiers = DomainModules(
@@ -408,7 +421,11 @@ class UDON(nn.Module):
 
     def embed_backbone(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D) unit rows, the input of every head."""
-        return F.normalize(self.backbone(images), dim=1)
+        if self.precision is None or not self.training:
+            return F.normalize(self.backbone(images), dim=1)
+        with torch.autocast(images.device.type, self.precision):
+            features = self.backbone(images)
+        return F.normalize(features.float(), dim=1)
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, S) unit rows, the universal embedding; all that inference needs."""

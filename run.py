@@ -9,15 +9,19 @@
 `udon.py` holds the method and the training loop. Copy with: all that it imports.
 """
 
+import contextlib
+import copy
 import dataclasses
 import math
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import checkpoint
 import config as options
@@ -46,6 +50,7 @@ class Run:
     steps_per_epoch: int  # as in the paper: training images of all domains // batch size
     digests: dict  # {domain: Split.digest() of its training images}
     teachers: Callable | None = None  # frozen ones, for the method `distill`
+    average: UDON | None = None  # the running mean of the model's weights, with --ema
     gradients: GradientSum = field(default_factory=lambda: GradientSum(()))
     step: int = 0  # steps done
     validated: int | None = None  # step of the last validation
@@ -69,10 +74,15 @@ class Run:
     def out(self) -> Path:
         return Path(self.config.out)
 
+    @property
+    def evaluated(self) -> UDON:
+        """The model that is validated and kept in best.pt."""
+        return self.model if self.average is None else self.average
+
     def contents(self) -> dict:
         """What best.pt holds."""
         return {
-            "model": self.model.state_dict(),
+            "model": self.evaluated.state_dict(),
             "architecture": self.architecture,
             "preprocessing": self.preprocessing,
             "step": self.step,
@@ -98,6 +108,8 @@ class Run:
             "digests": self.digests,
             "teachers": self.teachers and self.teachers.sources,
         }
+        if self.average is not None:
+            state["trained"] = self.model.state_dict()
         checkpoint.save(self.out / "last.pt", self.contents() | state)
 
     def check_finite(self) -> None:
@@ -121,6 +133,8 @@ class Run:
         try:
             check_optimizer_state(self.optimizer, state["optimizer"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.average is not None:
+                self.model.load_state_dict(state["trained"])
             self.sampler.load_state_dict(state["sampler"])
             self.step, self.validated = state["step"], state["validated"]
             self.best, self.backbone = state["best"], state["backbone"]
@@ -149,6 +163,26 @@ def learning_rates(run: Run) -> tuple[float, float]:
     if config.schedule == "cosine":
         factor *= 0.5 * (1 + math.cos(math.pi * step / run.steps))
     return 0.0 if step < run.frozen_steps else factor * config.backbone_lr, factor * config.head_lr
+
+
+def update_average(run: Run) -> None:
+    """Moves the running mean of the weights towards those after a step. The decay rises with the
+    steps, so that the mean soon forgets the random heads of the start."""
+    if run.average is not None:
+        decay = min(run.config.ema, run.step / (run.step + 9))
+        parameters = list(run.average.parameters()), list(run.model.parameters())
+        get_ema_multi_avg_fn(decay)(*parameters, run.step)
+
+
+@contextlib.contextmanager
+def products(precision: str) -> Iterator[None]:
+    """Float32 products on GPUs: "high", in TF32, or "highest". A CPU has one precision."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class NotFinite(data.InputError):
@@ -190,11 +224,19 @@ def likely_cause(run) -> str:
     return "lower --backbone-lr or --head-lr, and check the images of the domain"
 
 
-def build_model(config: Config, classes: dict[str, int]) -> tuple[UDON, dict, dict]:
-    """The initial model for {domain: number of classes}, a function of the configuration
+def build_model(
+    config: Config, classes: dict[str, int], backbone: nn.Module | None = None
+) -> tuple[UDON, dict, dict]:
+    """The initial model for {domain: number of classes}, a function of the configuration and, where
+    it is given, of a backbone of one's own
     -> model, architecture, preprocessing; the last two are part of every checkpoint."""
+    if backbone is not None and not isinstance(getattr(backbone, "width", None), int):
+        raise ConfigError(
+            f"the backbone {type(backbone).__name__} has no attribute width: set it to the number "
+            "of its outputs"
+        )
     architecture = {
-        "backbone": {**description(config.model), "image_size": config.image_size},
+        "backbone": {**description(config.model, backbone), "image_size": config.image_size},
         "classes": classes,
         "student_dim": config.student_dim,
         "teacher_dim": config.teacher_dim if config.trains_teachers else 0,
@@ -204,20 +246,30 @@ def build_model(config: Config, classes: dict[str, int]) -> tuple[UDON, dict, di
         warnings.simplefilter("always")
         torch.manual_seed(config.seed)
         try:
-            model = checkpoint.build(architecture)
-            preprocessing = load_initial_weights(model.backbone, config)
+            model = checkpoint.build(architecture, backbone)
+            preprocessing = pretrained.STATISTICS.get(config.init_statistics, pretrained.HALF)
+            if backbone is None:
+                preprocessing = load_initial_weights(model.backbone, config)
+                architecture["backbone"] = model.backbone.architecture  # with its family's values
         except pretrained.WeightsError:
             raise
         except ValueError as error:
             raise ConfigError(str(error)) from None
     for note in notes:
         print(f"note: {note.message}")
-    architecture["backbone"] = model.backbone.architecture  # with what the weights' family sets
+    is_clip = architecture["backbone"].get("pre_norm", False)
+    if config.preset == "uned-b16-clip" and config.init != "scratch" and not is_clip:
+        raise ConfigError(
+            f"--preset uned-b16-clip takes weights of CLIP, which --init {config.init} does not "
+            "hold: use --preset uned-b16"
+        )
     return model, architecture, {**preprocessing._asdict(), "antialias": config.antialias}
 
 
-def description(model: str) -> dict:
-    """The backbone that --model names, as checkpoint.build takes it."""
+def description(model: str, backbone: nn.Module | None) -> dict:
+    """The backbone that --model names, or one's own, as checkpoint.build takes it."""
+    if backbone is not None:
+        return {"module": f"{type(backbone).__module__}.{type(backbone).__qualname__}"}
     is_timm = model.startswith("timm:")
     return {"timm": model.removeprefix("timm:")} if is_timm else SIZES[model]
 
@@ -240,10 +292,8 @@ def load_initial_weights(backbone, config) -> pretrained.Preprocessing:
             activation=config.init_activation,
             statistics=config.init_statistics,
         )
-    if not is_timm:
-        return pretrained.HALF
-    statistics = pretrained.STATISTICS.get(config.init_statistics, backbone.statistics)
-    return pretrained.Preprocessing(*statistics)
+    own = backbone.statistics if is_timm else pretrained.HALF
+    return pretrained.Preprocessing(*pretrained.STATISTICS.get(config.init_statistics, own))
 
 
 def initial_weights(config) -> str | Path:
@@ -334,13 +384,52 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None
             raise ValueError(f"the number of steps of parameter {index} is no number")
 
 
-def build_run(config: Config, splits: dict[str, data.Split], state=None) -> Run:
+def check_precision(precision: str, device: str) -> None:
+    """Raises ConfigError for bf16 on a device that has no such arithmetic."""
+    if precision == "fp32" or device.startswith(("cuda", "mps", "xpu")):
+        return
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    if not {"avx512_bf16", "amx_bf16", "bf16"}.intersection(flags):
+        raise ConfigError(
+            "--precision is bf16, which this CPU has to emulate, about 17 times slower: use fp32"
+        )
+
+
+def prepare_backbone(model: UDON, config: Config, device: str) -> None:
+    """Sets how the backbone computes. Raises ConfigError for what it or the device cannot do."""
+    check_precision(config.precision, device)
+    model.precision = torch.bfloat16 if config.precision == "bf16" else None
+    if config.checkpoint_activations:
+        try:
+            model.backbone.set_grad_checkpointing()
+        except (AttributeError, AssertionError, RuntimeError):
+            raise ConfigError(
+                f"--checkpoint-activations is on, but {config.model} has no such mode: leave it "
+                "out, and use --accumulate to save memory"
+            ) from None
+    if config.compile:
+        try:
+            torch.compile(torch.square)(torch.ones(2, device=device))
+        except Exception as error:  # of the compiler's own classes
+            raise ConfigError(
+                f"--compile cannot be used here ({checkpoint.summary(error)}): install a C++ "
+                "compiler, or leave it out"
+            ) from None
+        model.backbone.compile()
+
+
+def build_run(
+    config: Config,
+    splits: dict[str, data.Split],
+    state: tuple[UDON, dict] | None = None,
+    backbone: nn.Module | None = None,
+) -> Run:
     """The run of a configuration; with `state`, (model, contents) of last.pt, where that stands."""
     device = evaluate.find_device(config.device)
     classes = {domain: split.num_classes for domain, split in splits.items()}
     digests = {domain: split.digest() for domain, split in splits.items()}
     if state is None:
-        model, architecture, preprocessing = build_model(config, classes)
+        model, architecture, preprocessing = build_model(config, classes, backbone)
     else:
         model, contents = state
         options.check_same(config, Config(**contents["config"]), f"{config.out}/last.pt")
@@ -353,6 +442,8 @@ def build_run(config: Config, splits: dict[str, data.Split], state=None) -> Run:
                 "start a new run"
             )
     model.to(device)
+    average = copy.deepcopy(model).eval() if config.ema else None
+    prepare_backbone(model, config, device)
     sizes = {domain: len(split) for domain, split in splits.items()}
     try:
         sampler = DomainSampler(
@@ -368,7 +459,7 @@ def build_run(config: Config, splits: dict[str, data.Split], state=None) -> Run:
     steps_per_epoch = max(1, sum(sizes.values()) // config.batch_size)
     run = Run(
         *(config, model, architecture, preprocessing, optimizer, sampler, device),
-        *(steps_per_epoch, digests, teachers),
+        *(steps_per_epoch, digests, teachers, average),
     )
     if state is not None:
         run.restore(contents)
@@ -382,11 +473,16 @@ def describe(run, splits):
     for origin, values in options.origins(config).items():
         changes = ", ".join(f"{name} {options.shown(value)}" for name, value in values.items())
         print(f"  differs from the published setting by {origin}: {changes}")
-    if config.init == "scratch" and run.steps:
+    own = run.architecture["backbone"].get("module")
+    if own:
+        print(f"note: the backbone is the module {own}, not --model with the weights of --init")
+    elif config.init == "scratch" and run.steps:
         print(
             "note: the backbone starts from random weights; the published setting starts from "
             "public ones (--init FILE)"
         )
+    if run.device.startswith("cuda") and config.precision == "fp32":
+        print("note: products are computed in TF32 in training, in float32 in validation and test")
     if 0 < run.steps <= run.frozen_steps:
         print(
             f"note: the backbone is not trained: it is frozen for the first {run.frozen_steps:,} "

@@ -29,6 +29,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch import nn
+
 import checkpoint
 from model import UDON
 
@@ -228,10 +230,10 @@ class MetricsLog:
             self.file.close()
 
 
-def load_last(out: Path) -> tuple[UDON, dict]:
+def load_last(out: Path, backbone: nn.Module | None = None) -> tuple[UDON, dict]:
     """`checkpoint.load` of the last.pt of a run. Raises RunError if it holds no state to resume
     from, or if best.pt belongs to another run or another step."""
-    model, last = checkpoint.load(out / "last.pt")
+    model, last = checkpoint.load(out / "last.pt", backbone=backbone)
     if "optimizer" not in last:
         raise RunError(
             f"{out / 'last.pt'} is a best.pt, which holds no optimizer: restore the run's own "

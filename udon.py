@@ -15,6 +15,7 @@ B batch, D backbone width, S student width, T teacher width, C classes of the ba
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 import checkpoint
 import config as options
@@ -49,7 +51,9 @@ from run import (
     finite_numbers,
     inference_parameters,
     learning_rates,
+    products,
     spent,
+    update_average,
 )
 
 __all__ = [
@@ -210,6 +214,7 @@ def training_step(run: Run, batches: Iterator) -> tuple[str, Losses, float]:
                 parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     run.step += 1
+    update_average(run)
 
     # 8. The sampler observes how hard the domain still is.
     signal = getattr(values, f"{config.signal}_classification")
@@ -270,8 +275,13 @@ LOSS_OPTIONS = (
 # The run ------------------------------------------------------------------------------------------
 
 
-def train(config: Config, resume: bool = False) -> dict:
+def train(config: Config, resume: bool = False, backbone: nn.Module | None = None) -> dict:
     """Trains to the end, writes the directory of the run, prints the test table.
+
+    backbone  a module of one's own, (B, 3, H, W) -> (B, D), with an attribute `width`, D, in place
+              of config.model and config.init. Images have the side config.image_size and the
+              statistics config.init_statistics, 0.5 without it. It is trained in place, and needed
+              again to resume and for checkpoint.load(path, backbone=module).
 
     Then trains the methods of config.compare with the same options, and prints all in one table.
     Returns the contents of test.json. With `resume`, continues from last.pt in config.out; the
@@ -294,10 +304,11 @@ def train(config: Config, resume: bool = False) -> dict:
         interruption = stack.enter_context(rundir.Interruption(out))
         benchmark = data.Benchmark(config.data, config.domains, on_bad_image=config.on_bad_image)
         results = {}
-        for one, started in runs:
+        backbones = [backbone, *(copy.deepcopy(backbone) for _ in config.compare)]
+        for (one, started), own in zip(runs, backbones):
             if results:
                 print(f"\n{one.method}, for comparison:")
-            results[one.method] = train_one(one, started, interruption, benchmark)
+            results[one.method] = train_one(one, started, interruption, benchmark, own)
     if config.compare:
         print(f"\n{', '.join(results)} beside the backbone before training, test queries:")
         print(evaluate.table(results | {"backbone": results[config.method]["backbone"]}))
@@ -312,12 +323,16 @@ def own_directory(stack: contextlib.ExitStack, out: str | None, resume: bool) ->
 
 
 def train_one(
-    config: Config, resume: bool, interruption: rundir.Interruption, benchmark: data.Benchmark
+    config: Config,
+    resume: bool,
+    interruption: rundir.Interruption,
+    benchmark: data.Benchmark,
+    backbone: nn.Module | None = None,
 ) -> dict:
     """`train` without comparisons, in a directory that exists."""
     splits = {domain: benchmark.split(domain, "train") for domain in benchmark.domains}
-    state = rundir.load_last(Path(config.out)) if resume else None
-    run = build_run(config, splits, state)
+    state = rundir.load_last(Path(config.out), backbone) if resume else None
+    run = build_run(config, splits, state, backbone)
     run.gradients = distributed.GradientSum(run.model.parameters())
     run.identity = distributed.agreed(run.identity)
     distributed.require_same(
@@ -357,7 +372,8 @@ def train_one(
         if distributed.rank() == 0:
             write_config(config)
             (run.out / "stopped.json").unlink(missing_ok=True)
-        fit(run, batches, stream, val_sets, metrics, interruption)
+        with products("high"):
+            fit(run, batches, stream, val_sets, metrics, interruption)
         results = finish(run, test_sets, metrics)
     skipped = benchmark.skipped
     if skipped and distributed.rank() == 0:
@@ -470,9 +486,10 @@ def validate(run, val_sets, metrics):
 
 
 def test(run, sets, embedding):
-    return evaluate.evaluate(
-        run.model, sets, run.preprocessing, index=run.config.index, embedding=embedding
-    )
+    with products("highest"):
+        return evaluate.evaluate(
+            run.evaluated, sets, run.preprocessing, index=run.config.index, embedding=embedding
+        )
 
 
 def finish(run: Run, test_sets: dict, metrics: rundir.MetricsLog) -> dict:
@@ -480,7 +497,9 @@ def finish(run: Run, test_sets: dict, metrics: rundir.MetricsLog) -> dict:
     config, best = run.config, run.out / "best.pt"
     distributed.agreed(None)  # rank 0 has written best.pt
     trained = sum(parameter.numel() for parameter in run.optimizer.state)
-    run.model, contents = checkpoint.load(best, run.device)
+    own = run.model.backbone if "module" in run.architecture["backbone"] else None
+    run.model, contents = checkpoint.load(best, run.device, own)
+    run.average = None
     if (contents["run"], contents["step"]) != (run.identity, run.best["step"]):
         raise CheckpointError(f"{best} is not of step {run.best['step']} of this run: restore it")
     results = test(run, test_sets, config.embedding) | {
@@ -507,7 +526,8 @@ def finish(run: Run, test_sets: dict, metrics: rundir.MetricsLog) -> dict:
             "images or classes are a common cause: try fewer --epochs or a lower --backbone-lr"
         )
     arguments = [str(best), *(["--data", config.data] if config.data else [])]
-    print(f"evaluate again: python evaluate.py {shlex.join(arguments)}")
+    if own is None:
+        print(f"evaluate again: python evaluate.py {shlex.join(arguments)}")
     return results
 
 

@@ -104,7 +104,8 @@ def test_the_defaults_are_the_published_setting():
 def test_presets_change_size_and_schedule_only(preset):
     """Never the method: `udon` is the published one for every preset."""
     expected = COMPACT if preset in ("mini", "micro") else {}
-    size = preset.removeprefix("uned-")
+    expected |= {"init_statistics": "clip"} if preset.endswith("-clip") else {}
+    size = preset.removeprefix("uned-").removesuffix("-clip")
     assert values_of(preset=preset) == values_of() | expected | {"preset": preset, "model": size}
 
 

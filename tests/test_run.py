@@ -9,10 +9,11 @@ import torch.nn.functional as F
 
 import checkpoint
 import data
+import pretrained
 import run
 import udon
 from config import METHODS, Config, ConfigError
-from model import UDON, ViT
+from model import SIZES, UDON, ViT
 
 CLASSES = {"birds": 5, "cars": 3}
 HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "antialias": True}
@@ -172,6 +173,41 @@ def test_the_activation_of_weights_that_do_not_tell_it(tmp_path, activation):
 def test_models_that_cannot_be_built(options, sentence):
     with pytest.raises(ConfigError, match=sentence):
         run.build_model(Config(**{**SMALL, **options}), CLASSES)
+
+
+def test_the_clip_preset_takes_weights_of_clip_alone(tmp_path):
+    public = ViT(**SIZES["s16"] | {"image_size": 32})
+    torch.save(public.state_dict(), tmp_path / "vit.pth")
+    options = dict(preset="uned-b16-clip", model="s16", image_size=32)
+    with pytest.raises(ConfigError, match="--preset uned-b16-clip takes weights of CLIP"):
+        run.build_model(Config(**options, init=str(tmp_path / "vit.pth")), CLASSES)
+    preprocessing = run.build_model(Config(**options), CLASSES)[2]
+    assert preprocessing["mean"] == pretrained.CLIP.mean
+
+
+def test_bf16_is_refused_where_it_is_emulated(monkeypatch):
+    monkeypatch.setattr(run.Path, "exists", lambda path: False)
+    with pytest.raises(ConfigError, match="--precision is bf16, which this CPU"):
+        run.check_precision("bf16", "cpu")
+    run.check_precision("fp32", "cpu")
+    run.check_precision("bf16", "cuda:0")
+
+
+def test_a_compiled_backbone_computes_the_same():
+    model, images = tiny_model(), torch.rand(3, 3, 16, 16)
+    expected = model.embed(images)
+    run.prepare_backbone(model, Config(compile=True), "cpu")
+    torch.testing.assert_close(model.embed(images), expected, rtol=1e-5, atol=1e-6)
+    assert model.state_dict().keys() == tiny_model().state_dict().keys()
+
+
+def test_a_compiler_that_does_not_work(monkeypatch):
+    def fail(function):
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(ConfigError, match=r"--compile cannot .*\(No working C\+\+ compiler"):
+        run.prepare_backbone(tiny_model(), Config(compile=True), "cpu")
 
 
 # Frozen teachers ----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """udon.py: who receives gradient, losses against formulas, training steps, whole runs."""
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import io
@@ -400,6 +401,74 @@ def test_inactive_heads(inactive_heads):
     assert error < 2e-6, f"off by {error}"
 
 
+def test_the_running_mean_of_the_weights():
+    model, decay = tiny_model(dtype=torch.float32), 0.5
+    run = run_of(Config(ema=decay, frozen_epochs=0, head_lr=0.1), model)
+    run.average = copy.deepcopy(model)
+    expected = {name: weight.double() for name, weight in weights_of(model).items()}
+    for step, _ in enumerate(range(12), 1):
+        udon.training_step(run, endless(["birds", "cars"]))
+        factor = min(decay, step / (step + 9))
+        for name, weight in weights_of(model).items():
+            expected[name] = factor * expected[name] + (1 - factor) * weight.double()
+    for name, mean in run.average.named_parameters():
+        torch.testing.assert_close(mean.double(), expected[name], rtol=1e-5, atol=1e-7)
+        assert torch.equal(mean, run.evaluated.get_parameter(name))
+    assert not torch.equal(run.average.student_head.weight, model.student_head.weight)
+
+
+def losses_and_gradients(model):
+    """Of one batch of birds."""
+    _, images, labels = next(endless(["birds"]))
+    images = data.normalise(images, HALF["mean"], HALF["std"])
+    losses = udon.compute_losses(model, images, labels, "birds")
+    losses.total.backward()
+    return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_reduced_precision_is_the_backbones_alone():
+    exact, reduced = (tiny_model(dtype=torch.float32).train() for _ in range(2))
+    reduced.precision = torch.bfloat16
+    _, images, _ = next(endless(["birds"]))
+    images = data.normalise(images, HALF["mean"], HALF["std"])
+    for output in reduced(images, "birds"):
+        assert output.dtype == torch.float32
+    backbone = reduced.embed_backbone(images)
+    error = (backbone - exact.embed_backbone(images)).norm(dim=1)
+    assert 0 < error.min() and error.max() < 0.02
+    heads = [model.teacher_heads["birds"](backbone) for model in (exact, reduced)]
+    assert torch.equal(*heads), "heads are computed in float32"
+    assert torch.equal(reduced.eval().embed(images), exact.eval().embed(images))
+    (losses, gradients), (expected, exact_gradients) = map(
+        losses_and_gradients, (reduced.train(), exact.train())
+    )
+    for value, target in zip(losses, expected):
+        assert abs(value - target) < 0.02 * target
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    both = [
+        torch.cat([g[name].flatten() for name in exact_gradients])
+        for g in (gradients, exact_gradients)
+    ]
+    assert (both[0] - both[1]).norm() < 0.1 * both[1].norm()
+
+
+def test_activations_computed_again_change_nothing():
+    saved, gradients = {}, {}
+    for again in (False, True):
+        model, sizes = tiny_model(dtype=torch.float32), []
+        model.backbone.set_grad_checkpointing(again)
+
+        def pack(x, sizes=sizes):
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            gradients[again] = losses_and_gradients(model)
+        saved[again] = sum(sizes)
+    assert same(gradients[False], gradients[True])
+    assert saved[True] < saved[False] / 2
+
+
 def break_loss(model):
     model.teacher_classifiers["birds"].weight.data[0, 0] = math.nan
 
@@ -466,6 +535,7 @@ def steps_of(out):
         "--method usc --sampler size",
         "--method ujc --sampler dynamic",
         "--method teachers --sampler balanced",
+        "--method udon-joint --ema 0.9 --accumulate 2 --checkpoint-activations",
     ],
 )
 def test_n_steps_and_n_more_equal_2n(uned, tmp_path, capsys, line):
@@ -479,6 +549,57 @@ def test_n_steps_and_n_more_equal_2n(uned, tmp_path, capsys, line):
         assert same(*(state[part] for state in states)), part
     assert steps_of(whole) == steps_of(halves)
     assert [row["step"] for row in steps_of(halves)] == list(range(1, 15))
+
+
+def test_the_running_mean_is_what_is_evaluated(uned, tmp_path):
+    train(uned, tmp_path, "--steps 6 --ema 0.5 --val-every 6")
+    last, best = (checkpoint.read(tmp_path / name) for name in ("last.pt", "best.pt"))
+    assert same(best["model"], last["model"]) and not same(last["model"], last["trained"])
+    model, contents = checkpoint.load(tmp_path / "best.pt")
+    sets = evaluate.open_sets(data.Benchmark(uned), "test", 32)
+    means = evaluate.evaluate(model, sets, contents["preprocessing"])["mean"]
+    assert means == result_of(tmp_path)["mean"]
+
+
+class Network(torch.nn.Module):
+    """A backbone of one's own."""
+
+    width = 12
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.projection = torch.nn.Linear(3 * 8 * 8, self.width)
+
+    def forward(self, images):
+        return self.projection(F.adaptive_avg_pool2d(images, 8).flatten(1))
+
+
+def test_a_backbone_of_ones_own(uned, tmp_path, capsys):
+    options = dict(preset="micro", data=str(uned), batch_size=4, frozen_epochs=0.0, period=4)
+    whole, halves = (Config(**options, steps=6, out=str(tmp_path / x)) for x in ("a", "b"))
+    network = Network()
+    start = network.projection.weight.detach().clone()
+    results = udon.train(whole, backbone=network)
+    assert "the backbone is the module test_udon.Network" in capsys.readouterr().out
+    assert not torch.equal(network.projection.weight, start), "trained in place"
+    udon.train(dataclasses.replace(halves, steps=3), backbone=Network())
+    udon.train(halves, resume=True, backbone=Network())
+    states = [checkpoint.read(Path(config.out) / "last.pt") for config in (whole, halves)]
+    assert same(states[0]["model"], states[1]["model"])
+    best = tmp_path / "a" / "best.pt"
+    model, contents = checkpoint.load(best, backbone=Network())
+    assert isinstance(model.backbone, Network)
+    sets = evaluate.open_sets(data.Benchmark(uned), "test", 48)
+    assert evaluate.evaluate(model, sets, contents["preprocessing"])["mean"] == results["mean"]
+    with pytest.raises(checkpoint.CheckpointError, match=r"module test_udon\.Network.*backbone="):
+        checkpoint.load(best)
+
+
+def test_a_backbone_needs_a_width(uned, tmp_path):
+    config = Config(preset="micro", data=str(uned), batch_size=4, out=str(tmp_path / "run"))
+    with pytest.raises(udon.ConfigError, match="Linear has no attribute width"):
+        udon.train(config, backbone=torch.nn.Linear(3, 3))
 
 
 def test_loader_processes_change_nothing(uned, tmp_path, monkeypatch, capsys):
