@@ -469,13 +469,14 @@ def check_evaluation(config):
 def with_method(config: Config, method: str, out: Path) -> Config:
     """The configuration of a run to compare with: another method, and of the options those that
     differ from the values of the first run's preset and method."""
+    place = {"method": method, "preset": config.preset, "compare": (), "out": str(out)}
+    return Config(**options_of(config) | place)
+
+
+def options_of(config: Config) -> dict:
+    """The values of a configuration that differ from those of its preset and method."""
     base = overlaid(config.preset, config.method)
-    options = {
-        name: getattr(config, name) for name in DEFAULTS if getattr(config, name) != base[name]
-    }
-    return Config(
-        **options | {"method": method, "preset": config.preset, "compare": (), "out": str(out)}
-    )
+    return {name: getattr(config, name) for name in DEFAULTS if getattr(config, name) != base[name]}
 
 
 PLACES = (
@@ -552,9 +553,8 @@ def whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{shown(text)!r} is not a whole number") from None
 
 
-def read(out: Path) -> Config:
-    """The configuration of the run in the directory `out`."""
-    path = out / "config.json"
+def read(path: Path, remedy: str = "delete it, --resume will restore it from last.pt") -> Config:
+    """The configuration in the file config.json of a run."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -564,8 +564,7 @@ def read(out: Path) -> Config:
         return Config(**values)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{path} is not a configuration of this version ({error}): delete it, --resume will "
-            "restore it from last.pt"
+            f"{path} is not a configuration of this version ({error}): {remedy}"
         ) from None
 
 
@@ -583,14 +582,23 @@ def check_same(config: Config, started: Config, place: str) -> None:
 
 def configuration(given: dict, resume: bool) -> Config:
     """The Config of command-line options; with `resume`, that of the run in --out with those of
-    the options that may change. Without --data and --method, DEMO is compared with."""
+    the options that may change. Without --data and --method, DEMO is compared with. The options
+    of the file "config" come before those given."""
+    given = dict(given)
+    other = given.pop("config", None)
     if not resume:
-        demo = () if given.keys() & {"data", "method"} else DEMO
+        base = {"preset": "mini", "compare": () if given.keys() & {"data", "method"} else DEMO}
+        if other is not None:
+            started = read(Path(other), "give the config.json of a run")
+            base = options_of(started) | {"preset": started.preset, "method": started.method}
+            base.pop("out", None)
         place = {"data": os.path.abspath(given["data"])} if given.get("data") else {}
-        return Config(**{"preset": "mini", "compare": demo} | given | place)
+        return Config(**base | given | place)
+    if other is not None:
+        raise ConfigError("--config is given with --resume, which keeps the options: leave it out")
     if "out" not in given:
         raise ConfigError("--resume needs --out, the directory of the run to resume")
-    started = read(Path(given["out"]))
+    started = read(Path(given["out"]) / "config.json")
     config = dataclasses.replace(started, **given)
     check_same(config, started, f"the run {given['out']}")
     return config

@@ -23,11 +23,13 @@ import argparse
 import atexit
 import collections
 import contextlib
+import difflib
 import functools
 import hashlib
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import weakref
@@ -97,13 +99,37 @@ INDEX_OF = {"test": "index", "val": "small_index"}  # searched where a domain ha
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are one sentence on stderr and exit status 2."""
+    """A command line whose mistakes are one sentence on stderr and exit status 2.
 
-    def __init__(self, **arguments):
+    remedies  {a word that is mistaken for a command: what to type instead}
+    """
+
+    def __init__(self, *, remedies: dict[str, str] | None = None, **arguments):
         super().__init__(allow_abbrev=False, **arguments)
+        self.remedies = remedies or {}
+        self.commands = None
+
+    def add_subparsers(self, **arguments):
+        self.commands = super().add_subparsers(parser_class=Parser, **arguments)
+        return self.commands
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {printable(message)}; --help lists the options\n")
+        remedy = "--help lists the options"
+        words = re.findall(r"(?<=unrecognized arguments: )\S+|(?<=invalid choice: ')[^']*", message)
+        for word in words[:1]:
+            remedy = self.remedies.get(word) or self._alternatives(word) or remedy
+        self.exit(2, f"{self.prog}: {printable(message)}; {remedy}\n")
+
+    def _alternatives(self, word: str) -> str | None:
+        """Commands and options that `word` may be meant to be."""
+        parsers = [self, *(self.commands.choices.values() if self.commands else ())]
+        options = {name for parser in parsers for name in parser._option_string_actions}
+        names = (
+            options if word.startswith("-") else set(self.commands.choices if self.commands else ())
+        )
+        parts = {name for name in names if word.lstrip("-") in name.lstrip("-").split("-")}
+        close = sorted(parts) or difflib.get_close_matches(word, names, 3, 0.7)
+        return f"did you mean {' or '.join(close)}?" if close else None
 
     @contextlib.contextmanager
     def sentences(
@@ -885,7 +911,7 @@ def report_lines(report: dict) -> Iterator[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(prog="data.py", description="Checks a data directory.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", required=True)
     text = (
         "Opens every image of a data directory. Prints, for each domain and split, the numbers of "
         "images, of classes, and of classes with one image, and lists files that are missing, "

@@ -97,6 +97,10 @@ def make(out):
             return path, made
         except FileExistsError:
             continue  # another run began in the same second
+        except OSError as error:
+            raise RunError(
+                f"--out {path} cannot be made ({error.strerror}): give another directory"
+            ) from None
 
 
 descriptors = set()  # of directories locked by this process

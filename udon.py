@@ -14,6 +14,7 @@ A run ends with a table of R@1 and mMP@5 on test classes, beside the backbone as
 B batch, D backbone width, S student width, T teacher width, C classes of the batch's domain.
 """
 
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -289,6 +290,8 @@ def train(config: Config, resume: bool = False, backbone: nn.Module | None = Non
     threads). The first SIGINT or SIGTERM ends the step, saves and raises SystemExit. Raises
     ConfigError, RunError, InputError, CheckpointError or WeightsError for unusable input.
     """
+    if resume and config.out is None:
+        raise ConfigError("config.out is None: to resume, set it to the directory of the run")
     with contextlib.ExitStack() as stack:
         stack.enter_context(distributed.processes(config.device))
         out = own_directory(stack, config.out, resume)
@@ -299,7 +302,7 @@ def train(config: Config, resume: bool = False, backbone: nn.Module | None = Non
             started = (Path(other.out) / "last.pt").exists()
             own_directory(stack, other.out, started)
             if started:
-                options.check_same(other, options.read(Path(other.out)), other.out)
+                options.check_same(other, options.read(Path(other.out) / "config.json"), other.out)
             runs.append((other, started))
         interruption = stack.enter_context(rundir.Interruption(out))
         benchmark = data.Benchmark(config.data, config.domains, on_bad_image=config.on_bad_image)
@@ -535,10 +538,19 @@ def finish(run: Run, test_sets: dict, metrics: rundir.MetricsLog) -> dict:
 
 
 def command_line():
+    evaluation = "evaluate with python evaluate.py CHECKPOINT"
     parser = data.Parser(
-        prog="udon.py", description="Trains one image embedding for many domains (UDON)."
+        prog="udon.py",
+        description="Trains one image embedding for many domains (UDON).",
+        remedies={
+            **dict.fromkeys(("eval", "evaluate", "test", "val"), evaluation),
+            **dict.fromkeys(("search", "find", "embed"), "search with python search.py"),
+            "resume": "resume with python udon.py train --out DIR --resume",
+            "check": "check a data directory with python data.py check DIR",
+            "plot": "plot with python plot.py RUN",
+        },
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=data.Parser)
+    commands = parser.add_subparsers(dest="command", required=True)
     text = "Trains, validates and prints the test table."
     train_parser = commands.add_parser("train", help=text, description=text)
     train_parser.add_argument(
@@ -546,6 +558,12 @@ def command_line():
         action="store_true",
         help="resume the run in --out as it was started; of its options only "
         f"{', '.join(map(options.flag, options.MAY_CHANGE))} may change",
+    )
+    train_parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="config.json of another run, whose options are used where none are given here",
     )
     options.add_options(train_parser)
     return parser

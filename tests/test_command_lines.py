@@ -228,7 +228,13 @@ def fails(capsys, main, arguments, *named):
 
 TRAIN_MISTAKES = [  # the command line, what the sentence must name
     ("", "command"),
-    ("trian", "trian"),
+    ("trian", "did you mean train?"),
+    ("eval", "evaluate with python evaluate.py CHECKPOINT"),
+    ("resume", "python udon.py train --out DIR --resume"),
+    ("train --lr 1", "did you mean --backbone-lr or --head-lr?"),
+    ("train --epoch 1", "did you mean --epochs?"),
+    ("train --out /proc/run", "--out /proc/run"),
+    ("train --config no.json", "no.json"),
     ("train --learning-rate 1", "--learning-rate"),
     ("train --step 4", "--step"),  # no abbreviations
     ("train --steps many", "many"),

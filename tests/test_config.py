@@ -405,7 +405,7 @@ def test_a_cosine_schedule_fixes_the_number_of_steps():
 def test_a_damaged_config_file(tmp_path, text):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError, match="config.json is not a configuration of this version"):
-        config.read(tmp_path)
+        config.read(tmp_path / "config.json")
 
 
 def test_a_config_file_of_another_version(tmp_path):
@@ -417,8 +417,25 @@ def test_a_config_file_of_another_version(tmp_path):
     ):
         path.write_text(json.dumps(values | changed))
         with pytest.raises(ConfigError, match=sentence):
-            config.read(tmp_path)
+            config.read(tmp_path / "config.json")
     del values["period"]
     path.write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="period is missing"):
-        config.read(tmp_path)
+        config.read(tmp_path / "config.json")
+
+
+def test_the_options_of_another_run(tmp_path):
+    """Those of its file come between the overlays and the options that are given."""
+    first = Config(preset="micro", method="usc", seed=4, head_lr=0.5, out="runs/first")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(dataclasses.asdict(first)))
+    same = config.configuration({"config": str(path)}, resume=False)
+    assert same == dataclasses.replace(first, out=None)
+    given = {"config": str(path), "method": "udon-joint", "seed": 5}
+    expected = Config(preset="micro", method="udon-joint", seed=5, head_lr=0.5)
+    assert config.configuration(given, resume=False) == expected
+    with pytest.raises(ConfigError, match="--config is given with --resume"):
+        config.configuration(given | {"out": "runs/first"}, resume=True)
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match=f"{path} is not .* give the config.json of a run"):
+        config.configuration(given, resume=False)

@@ -602,6 +602,13 @@ def test_a_backbone_needs_a_width(uned, tmp_path):
         udon.train(config, backbone=torch.nn.Linear(3, 3))
 
 
+def test_resuming_in_python_needs_the_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(udon.ConfigError, match="config.out is None"):
+        udon.train(Config(preset="micro"), resume=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_loader_processes_change_nothing(uned, tmp_path, monkeypatch, capsys):
     train(uned, tmp_path / "memory", "--steps 6")
     monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
