@@ -9,7 +9,7 @@ import pytest
 
 import config
 import evaluate
-from benchmarks import ablation, procedural, rows, tables, topk
+from benchmarks import ablation, one_step, procedural, rows, tables, topk
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -41,6 +41,20 @@ def test_tables_of_the_ablation():
 def test_table_of_the_procedural_domains():
     pytest.importorskip("scipy")
     assert marked("procedural") == procedural.table(procedural.read(procedural.RESULTS))
+
+
+def test_one_training_step():
+    """The table is that of the file, and the file that of a step."""
+    values = recorded(RESULTS / "one_step.json")
+    assert marked("one step") == one_step.table(values)
+    again = one_step.measure()
+    assert again["losses"] == pytest.approx(values["losses"], rel=0.01)
+    assert again["moved"] == pytest.approx(values["moved"], rel=0.05)
+    for loss, sizes in values["gradients"].items():
+        assert again["gradients"][loss] == pytest.approx(sizes, rel=0.01), loss
+    assert {k: v[0] for k, v in again["tensors"].items()} == {
+        k: v[0] for k, v in values["tensors"].items()
+    }
 
 
 def test_table_of_retrieval():
