@@ -16,7 +16,7 @@ UnED layout:    ROOT/info_files/<domain>/<split>.json, a list of {"path": relati
 Class folders:  ROOT/<domain>/<class>/**/*.jpg; the classes are divided about 60 / 10 / 30 into
                 train / val / test. Or ROOT/<domain>/<split>/<class>/**/*.jpg, or for one domain
                 ROOT/<split>/<class>/**/*.jpg, with splits train, val, test.
-Copy with: folders, images, procedural, torch, numpy, pillow.
+Copy with: distributed, folders, images, procedural, torch, numpy, pillow.
 """
 
 import argparse
@@ -32,6 +32,7 @@ import os
 import re
 import signal
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+import distributed
 import procedural
 from folders import (
     ClassFolders,
@@ -118,7 +120,12 @@ class Parser(argparse.ArgumentParser):
         words = re.findall(r"(?<=unrecognized arguments: )\S+|(?<=invalid choice: ')[^']*", message)
         for word in words[:1]:
             remedy = self.remedies.get(word) or self._alternatives(word) or remedy
-        self.exit(2, f"{self.prog}: {printable(message)}; {remedy}\n")
+        self.fail(f"{message}; {remedy}")
+
+    def fail(self, sentence: str) -> NoReturn:
+        """Ends the process with status 2. Of several processes that fail, the first one prints."""
+        text = f"{self.prog}: {distributed.prefix()}{printable(sentence)}\n"
+        self.exit(2, text if distributed.first_to_end() else None)
 
     def _alternatives(self, word: str) -> str | None:
         """Commands and options that `word` may be meant to be."""
@@ -140,7 +147,8 @@ class Parser(argparse.ArgumentParser):
     ) -> Iterator[None]:
         """A context for all that a command does. InputError and `errors`, files and outputs that
         cannot be used, and a lack of memory end the process with one sentence on stderr and status
-        2. A reader of the output that has ended, as `head` does, and Ctrl-C end it quietly."""
+        2. A reader of the output that has ended, as `head` does, Ctrl-C, and the end of another
+        process of torchrun end it quietly."""
         if hasattr(sys.stdout, "reconfigure"):  # names of files may be undecodable
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
@@ -149,8 +157,12 @@ class Parser(argparse.ArgumentParser):
             finally:
                 if sys.stdout:
                     sys.stdout.flush()
+        except distributed.PeerError as error:
+            if not error.stopped:
+                time.sleep(distributed.PATIENCE)  # until torchrun stops it by a signal
+            sys.exit(error.status)
         except (InputError, *errors) as error:
-            self.exit(2, f"{self.prog}: {printable(str(error))}\n")
+            self.fail(str(error))
         except BrokenPipeError:
             discard_output()
             sys.exit(128 + signal.SIGPIPE)
@@ -158,18 +170,17 @@ class Parser(argparse.ArgumentParser):
             sys.exit(128 + signal.SIGINT)
         except OSError as error:
             discard_output()
-            place = printable(str(error.filename or "the output"))
-            reason = error.strerror or error
-            self.exit(2, f"{self.prog}: {place} cannot be used ({reason}): {remedy}\n")
+            place, reason = error.filename or "the output", error.strerror or error
+            self.fail(f"{place} cannot be used ({reason}): {remedy}")
         except (MemoryError, RuntimeError) as error:  # numpy's; torch's, without a class on a CPU
             if worker_has_ended(error):
-                self.exit(2, f"{self.prog}: {WORKER_ENDED}\n")
+                self.fail(WORKER_ENDED)
             texts = ("allocate memory", "size calculation overflowed")
             out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
             if not out_of_memory and not any(text in str(error) for text in texts):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            self.exit(2, f"{self.prog}: out of memory ({reason}): {memory}\n")
+            self.fail(f"out of memory ({reason}): {memory}")
 
 
 def discard_output() -> None:
@@ -296,10 +307,12 @@ class Split:
         return np.array([hash(path) for path in paths], dtype=np.int64)
 
     def digest(self) -> str:
-        """SHA-256 of the labels, which must be single, and of the paths or pixels."""
+        """SHA-256 of the labels and of the paths or pixels."""
         images = [self.pixels] if self.paths is None else [self.paths.bytes, self.paths.ends]
+        several = isinstance(self.labels, list)
+        labels = np.frombuffer(repr(self.labels).encode(), np.uint8) if several else self.labels
         digest = hashlib.sha256()
-        for values in (self.labels, *images):
+        for values in (labels, *images):
             digest.update(np.ascontiguousarray(values).data)
         return digest.hexdigest()
 

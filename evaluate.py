@@ -95,14 +95,30 @@ def embed(
         for batch in images.batches(EMBED_BATCH, min(data.processors(), 8), share)
     ]
     vectors = torch.cat(list(itertools.chain(*distributed.collected(vectors))))
-    for bad_rows in distributed.collected(images.split.bad_rows):
-        images.split.bad_rows.update(bad_rows)
+    share_bad_rows(images.split)
     if not vectors.isfinite().all():
         raise data.InputError(
             f"embeddings of domain {images.split.domain}, split {images.split.name}, are not "
             "finite: the weights have diverged, train with lower learning rates"
         )
     return vectors
+
+
+def share_bad_rows(split: data.Split) -> None:
+    """Tells all processes of the images that any has found unreadable. Raises data.InputError if
+    together they are too many."""
+    for bad_rows in distributed.collected(dict(split.bad_rows)):
+        for row in bad_rows.keys() - split.bad_rows.keys():
+            split.skip(row, data.InputError(bad_rows[row]))
+
+
+def digests(sets: dict[str, TestSet]) -> dict[str, str]:
+    """What must be the same on all processes, by name, for distributed.require_same."""
+    found = {"the domains": " ".join(sets)}
+    for domain, images in sets.items():
+        for split in dict.fromkeys(part.split for part in images):
+            found[f"the digest of the {split.name} images of {domain}"] = split.digest()[:16]
+    return found
 
 
 def network_of(model: nn.Module, embedding: str, domain: str) -> Callable:
@@ -285,6 +301,9 @@ def report(options: argparse.Namespace) -> None:
     size = contents["architecture"]["backbone"]["image_size"]
     sets = open_sets(benchmark, options.split, size, antialias=preprocessing["antialias"])
     root = None if benchmark.root is None else str(benchmark.root)
+    same = {f"--{name.replace('_', '-')}": value for name, value in vars(options).items()}
+    same |= {"the checkpoint's run": contents["run"], "its step": contents["step"]}
+    distributed.require_same(same | digests(sets))
     print(
         f"{options.checkpoint}, step {contents['step']:,}, on {root or 'the procedural domains'}: "
         f"{embedding} embedding, {options.split} queries, {index} index"

@@ -1,5 +1,5 @@
 """The directory of a run: its owner, its files, and what must agree before it is resumed.
-Copy with: checkpoint.py, model.py, timm_backbone.py, torch.
+Copy with: checkpoint.py, distributed.py, model.py, timm_backbone.py, torch.
 
     run_directory(out, resume)    a context: makes and locks the directory -> its path
     load_last(out)                -> model and contents of last.pt, checked against the other files
@@ -32,6 +32,7 @@ from pathlib import Path
 from torch import nn
 
 import checkpoint
+import distributed
 from model import UDON
 
 FILES = ("config.json", "metrics.jsonl", "last.pt", "best.pt", "test.json")
@@ -151,7 +152,8 @@ class Interruption:
     Until the training loop sets `polled`, the first one stops at once, too. At the end it prints
     how to resume the run in `out`.
 
-    The process ends by SystemExit with status 130 or 143.
+    The process ends by SystemExit with status 130 or 143. Of several processes, all end if one is
+    interrupted; with PeerError if the signal only follows the end of another one.
     """
 
     def __init__(self, out: str | os.PathLike):
@@ -164,16 +166,29 @@ class Interruption:
                 self.previous[number] = signal.signal(number, self.request)
         return self
 
-    def __exit__(self, *_):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        if self.status is None:
-            return
+    def __exit__(self, kind, error, traceback):
+        signalled, self.requested, self.polled = bool(self.requested), 0, True
+        try:
+            failure = distributed.failure() if self.status else error
+            if isinstance(failure, distributed.PeerError):
+                failure.stopped = signalled
+                if failure.status not in (130, 143):
+                    raise failure from None
+                self.status = failure.status  # another process was interrupted
+            if self.status:
+                self.report()
+        finally:
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
+
+    def report(self):
+        """Prints how to resume the run, and ends the process."""
+        distributed.first_to_end(self.status)
         if (self.out / "last.pt").exists():
-            command = f"python udon.py train --out {shlex.quote(str(self.out))} --resume"
-            print(f"interrupted; resume with: {command}")
+            command = f"udon.py train --out {shlex.quote(str(self.out))} --resume"
+            print(f"interrupted; resume with: {distributed.launcher()} {command}", flush=True)
         else:
-            print("interrupted before the first checkpoint; start the run again")
+            print("interrupted before the first checkpoint; start the run again", flush=True)
         raise SystemExit(self.status) from None  # torch hides exceptions of its callbacks
 
     def request(self, number, frame):

@@ -19,7 +19,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import hashlib
 import os
 import shlex
 import time
@@ -294,7 +293,15 @@ def train(config: Config, resume: bool = False, backbone: nn.Module | None = Non
         raise ConfigError("config.out is None: to resume, set it to the directory of the run")
     with contextlib.ExitStack() as stack:
         stack.enter_context(distributed.processes(config.device))
+        values = {options.flag(name): value for name, value in dataclasses.asdict(config).items()}
+        distributed.require_same(values | {"--resume": resume})
+        if config.batch_size < distributed.size():
+            raise ConfigError(
+                f"--batch-size is {config.batch_size}, but there are {distributed.size()} "
+                "processes, each of which takes an image or more: start fewer"
+            )
         out = own_directory(stack, config.out, resume)
+        distributed.remember("directory", str(config.out))
         config = dataclasses.replace(config, out=str(out))
         runs = [(config, resume)]
         for method in config.compare:  # checked and locked before hours of training
@@ -338,13 +345,13 @@ def train_one(
     run = build_run(config, splits, state, backbone)
     run.gradients = distributed.GradientSum(run.model.parameters())
     run.identity = distributed.agreed(run.identity)
-    distributed.require_same(
-        {"the code": code_digest(), "the configuration": config, "the data": run.digests}
-    )
     describe(run, splits)
     size = run.architecture["backbone"]["image_size"]
     open_sets = functools.partial(evaluate.open_sets, benchmark, antialias=config.antialias)
     test_sets, val_sets = open_sets("test", size), open_sets("val", size, keep=True)
+    same = {f"the digest of the train images of {d}": text[:16] for d, text in run.digests.items()}
+    same |= evaluate.digests(val_sets) | evaluate.digests(test_sets) | {"the step": run.step}
+    distributed.require_same(same)
     evaluate.check_validation(val_sets)
     batches = data.TrainBatches(
         splits,
@@ -358,7 +365,8 @@ def train_one(
     for note in benchmark.notes:
         print(f"note: {note}")
     if resume:
-        print(f"resumed at step {run.step:,} of {run.steps:,}")
+        how = f", restart {distributed.restarts()} by torchrun" if distributed.restarts() else ""
+        print(f"resumed at step {run.step:,} of {run.steps:,}{how}")
     else:
         run.backbone = test(run, test_sets, "backbone")
         mean = 100 * run.backbone["mean"]["recall_at_1"]
@@ -385,13 +393,6 @@ def train_one(
     return results
 
 
-def code_digest() -> str:
-    """A digest of the source of the project."""
-    root = Path(__file__).parent
-    files = sorted([*root.glob("*.py"), *root.glob("kernels/*.py")])
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
 def write_config(config: Config) -> None:
     checkpoint.write_json(Path(config.out) / "config.json", dataclasses.asdict(config))
 
@@ -406,6 +407,8 @@ def fit(run: Run, batches: data.TrainBatches, stream, val_sets, metrics, interru
             interruption.polled = False
             if interruption.requested:
                 interruption.stop()
+            for split in batches.splits.values():
+                evaluate.share_bad_rows(split)
             validate(run, val_sets, metrics)
             run.save(metrics)
         interruption.polled = True
@@ -414,14 +417,16 @@ def fit(run: Run, batches: data.TrainBatches, stream, val_sets, metrics, interru
         try:
             domain, losses, seconds, waited = logged_step(run, stream, metrics)
         except NotFinite as error:
-            files = batches.files(run.step, error.about["domain"])
-            checkpoint.write_json(run.out / "stopped.json", error.about | {"files": files})
+            if distributed.rank() == 0:
+                files = batches.files(run.step, error.about["domain"])
+                checkpoint.write_json(run.out / "stopped.json", error.about | {"files": files})
             raise
         progress.add(domain, losses.total, seconds, waited)
         requested = max(distributed.collected(interruption.requested))  # by any process
         if requested or run.step % config.save_every == 0:
             run.save(metrics)
         if requested:
+            distributed.agreed(None)  # rank 0 has saved: torchrun stops all when one has ended
             interruption.requested = requested
             interruption.stop()
     interruption.polled = False
@@ -587,7 +592,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_command(given: dict, resume: bool) -> None:
-    """Trains as the options of the command line say."""
+    """Trains as the options of the command line say. A run that torchrun restarts is resumed."""
+    if distributed.restarts_allowed() and "out" not in given:
+        raise ConfigError(
+            "--out is not given, but torchrun may restart the run (--max-restarts): give the "
+            "directory in which to resume it"
+        )
+    started = distributed.restarts() and distributed.recall("directory") == given["out"]
+    resume = resume or (started and (Path(given["out"]) / "last.pt").exists())
     if resume and "out" in given:
         out = Path(given["out"])
         rundir.check(out, resume)
