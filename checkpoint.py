@@ -1,33 +1,42 @@
 """Checkpoints: tensors and plain Python values in a file that is written whole and read safely.
-Copy with: model.py, timm_backbone.py, torch.
+Copy with: export.py, model.py, timm_backbone.py, torch.
 
     build(architecture)      -> model.UDON, untrained
     save(path, contents)     writes all of a file or nothing, with a digest of its bytes
     load(path, device)       -> (model.UDON in evaluation mode, the contents of the file)
+    export(source, target)   writes the student alone, as .pt or .onnx, and a model card
     write_json(path, value)  writes all of a JSON file or nothing
+
+    python checkpoint.py export RUN student.pt     or student.onnx, or RUN/last.pt ...
 
 A checkpoint is a dictionary: "version", "model" (state dict), "architecture" (the arguments of
 `build`), "preprocessing" ({"mean", "std", "antialias"}), "step", "embedding", "index", "config"
-(the options of the run) and "run" (its identity); last.pt also holds the state of the optimizer
-and the sampler.
+(the options of the run), "run" (its identity) and "class_names" ({domain: names of its training
+classes}, in the order of the classifiers); last.pt also holds the state of the optimizer and the
+sampler. An exported student has neither teachers nor classifiers; "card" is its model card.
 """
 
+import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from export import TITLE, ExportError, card, onnx_network
 from model import UDON, ViT
 from timm_backbone import TimmBackbone, TimmError
 
 VERSION = 2
+BEST = "best.pt"  # of the directory of a run
 BLOCK = 2**20  # bytes, read at a time
 # What a file that no run has written can raise where its contents are used.
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
@@ -61,8 +70,7 @@ def build(architecture: dict, backbone: nn.Module | None = None) -> UDON:
 def save(path: str | os.PathLike, contents: dict) -> None:
     """Writes `contents` and "version" to a file; if the process dies meanwhile, the previous file
     stays. The file is torch's zip archive; its zip comment is the SHA-256 digest of the rest."""
-    partial = Path(f"{path}.partial")
-    try:
+    with replacing(path) as partial:
         with open(partial, "wb") as file:
             write_archive({"version": VERSION, **contents}, file)
         with zipfile.ZipFile(partial, "a") as archive:
@@ -73,9 +81,19 @@ def save(path: str | os.PathLike, contents: dict) -> None:
             file.write(digest)
             file.flush()
             os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields the name of a file to write, which replaces `path` at the end of the context. After an
+    error, nothing is left of it."""
+    partial = Path(f"{path}.partial")
+    try:
+        yield partial
         os.replace(partial, path)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
             error.filename = str(path)
         raise
@@ -120,16 +138,20 @@ def load(
 ) -> tuple[UDON, dict]:
     """The model of a checkpoint, in evaluation mode on `device`, and the contents of the file.
 
+    path      a file, or the directory of a run, of which best.pt is loaded
     backbone  the module, filled in place, of a run that was trained with one of its own
     Raises CheckpointError for a file that is missing, damaged, of an older version or no
     checkpoint. Nothing is built before the file's description has been compared with its tensors.
     """
+    path = located(path)
     contents = read(path)
     try:
         check_description(contents)
         check_depth(contents["architecture"], contents["model"])
         with torch.device("meta"):
             described = build(contents["architecture"], backbone)
+        if is_half(contents["model"]):
+            described.half()
         if properties(contents["model"]) != properties(described.state_dict()):
             raise ValueError("the description does not fit the tensors")
         model = build(contents["architecture"], backbone)
@@ -142,6 +164,16 @@ def load(
             "run wrote it"
         ) from None
     return model.to(device).eval(), contents
+
+
+def located(path: str | os.PathLike) -> Path:
+    """The checkpoint that a path names: of the directory of a run, its best.pt."""
+    return Path(path, BEST) if os.path.isdir(path) else Path(path)
+
+
+def is_half(weights):
+    """Whether these were exported in half precision; a model computes in single precision."""
+    return {x.dtype for x in weights.values() if x.is_floating_point()} == {torch.float16}
 
 
 def properties(weights):
@@ -169,8 +201,10 @@ def check_description(contents):
         raise ValueError("step or antialias is of another kind")
     if not isinstance(contents["config"]["data"], (str, type(None))):
         raise TypeError("the data directory is no text")
-    if not all(isinstance(domain, str) for domain in contents["config"]["domains"] or ()):
-        raise TypeError("a domain's name is no text")
+    names = contents.get("class_names", {})  # absent from older files
+    texts = [*(contents["config"]["domains"] or ()), *names, *itertools.chain(*names.values())]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a domain's or a class's name is no text")
 
 
 def check_backbone(backbone):
@@ -239,19 +273,142 @@ def summary(error: BaseException) -> str:
 
 def write_json(path: str | os.PathLike, value: object) -> None:
     """Writes all of a JSON file or nothing. Raises CheckpointError where it cannot be written."""
-    text, partial = json.dumps(value, indent=1) + "\n", Path(f"{path}.partial")
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes all of a UTF-8 file or nothing. Raises CheckpointError where it cannot be written."""
+    is_device = os.path.exists(path) and not os.path.isfile(path)
     try:
-        is_device = os.path.exists(path) and not os.path.isfile(path)
         if is_device or os.path.islink(path):  # /dev/stdout must not be replaced
             Path(path).write_text(text, encoding="utf-8")
             return
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
+        with replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
         raise CheckpointError(
             f"file {path} cannot be written ({error.strerror}): give another, or make room"
         ) from None
+
+
+# The student alone --------------------------------------------------------------------------------
+
+STUDENT = ("backbone.", "student_head.")  # prefixes of its parameters
+PATHS = ("data", "out", "init", "teachers")  # options that may name places on this machine
+
+
+def export(source: str | os.PathLike, target: str | os.PathLike, half: bool = False) -> Path:
+    """Writes the student of a checkpoint, without teachers and classifiers, and beside it a model
+    card -> the file of the card.
+
+    source  a checkpoint, or the directory of a run
+    target  .pt: a checkpoint, for `load`; .onnx: a network, as of export.onnx_network
+    half    store the weights in half precision; the arithmetic stays float32
+    Raises CheckpointError for a checkpoint that cannot be used, a target that cannot be written,
+    and missing packages.
+    """
+    source, target = located(source), Path(target)
+    if target.suffix not in (".pt", ".onnx") or target.is_dir() or not target.parent.is_dir():
+        raise CheckpointError(
+            f"file {target} cannot be exported to: give a file that ends in .pt or .onnx, in a "
+            "directory that exists"
+        )
+    card_file = target.with_suffix(".md")
+    if card_file.exists() and not card_file.read_bytes().startswith(TITLE.encode()):
+        raise CheckpointError(
+            f"file {card_file} would be replaced by the model card of {target}: give another name"
+        )
+    model, contents = load(source)
+    check_student(source, contents)
+    exported = student(model, contents, half)
+    exported["card"] = contents.get("card") or described(contents | exported, contents, source)
+    if target.suffix == ".pt":
+        save(target, exported)
+    else:
+        with replacing(target) as partial:
+            partial.write_bytes(as_onnx(source, exported))
+    write_text(card_file, exported["card"].replace("{name}", target.stem))
+    return card_file
+
+
+def check_student(path: str | os.PathLike, contents: dict) -> None:
+    """Raises CheckpointError for a checkpoint of a run that trained no student."""
+    config = contents["config"]
+    if not any(config.get("weights", (1, 1))[1:]):
+        raise CheckpointError(
+            f"checkpoint {path} has no trained student, since its method is "
+            f"{config.get('method')}: give one of udon or udon-joint"
+        )
+
+
+def student(model: UDON, contents: dict, half: bool) -> dict:
+    """The contents of a checkpoint of the student alone, with paths reduced to their last part."""
+    weights = {name: x for name, x in model.state_dict().items() if name.startswith(STUDENT)}
+    if half:
+        weights = {name: x.half() if x.is_floating_point() else x for name, x in weights.items()}
+    config = dict(contents["config"])
+    for name in PATHS:
+        if config.get(name):
+            config[name] = os.path.basename(os.path.abspath(config[name]))
+    kept = ("preprocessing", "step", "index", "run", "class_names")
+    return {
+        "model": weights,
+        "architecture": contents["architecture"] | {"classes": {}, "teacher_dim": 0},
+        "embedding": "student",
+        "config": config,
+        **{name: contents[name] for name in kept if name in contents},
+    }
+
+
+def as_onnx(source, exported) -> bytes:
+    model = build(exported["architecture"])
+    model.load_state_dict(exported["model"])
+    about = ("architecture", "preprocessing", "class_names", "run", "step", "card")
+    texts = {name: json.dumps(exported[name]) for name in about if name in exported}
+    size = exported["architecture"]["backbone"]["image_size"]
+    try:
+        return onnx_network(model, size, exported["preprocessing"], texts)
+    except ExportError as error:
+        raise CheckpointError(f"checkpoint {source} cannot be exported: {error}") from None
+
+
+def described(exported, contents, source) -> str:
+    """The model card, with the test results beside the checkpoint if they are its own."""
+    about = exported | {"architecture": contents["architecture"]}
+    parameters = sum(x.numel() for x in exported["model"].values())
+    try:
+        results = json.loads(source.with_name("test.json").read_text(encoding="utf-8"))
+        if (results["step"], results["embedding"]) == (contents["step"], "student"):
+            return card(about, parameters, results)
+    except (OSError, *MALFORMED):
+        pass
+    return card(about, parameters, None)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(prog="checkpoint.py", description="Takes a trained student away.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    text = (
+        "Writes the student alone, the backbone and its head, with its preprocessing, as a "
+        "checkpoint (.pt) or a network for ONNX (.onnx), and beside it a model card (.md)."
+    )
+    command = commands.add_parser("export", help=text, description=text)
+    command.add_argument("checkpoint", help="best.pt or last.pt, or the directory of a run")
+    command.add_argument("target", metavar="FILE", help="student.pt or student.onnx, to write")
+    command.add_argument("--half", action="store_true", help="store weights in half precision")
+    options = parser.parse_args(arguments)
+    try:
+        file = export(options.checkpoint, options.target, options.half)
+    except (CheckpointError, OSError) as error:
+        parser.exit(2, f"checkpoint.py: {error}\n")
+    size = os.path.getsize(options.target) / 1e6
+    print(f"{options.target}: {size:.1f} MB; {file}: its model card")
+
+
+if __name__ == "__main__":
+    main()

@@ -191,6 +191,18 @@ def discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def usable_device(name: str) -> str:
+    """The device of a name, "auto" being a GPU where there is one. Raises InputError for a device
+    that torch does not know or cannot compute on here."""
+    device = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--device {device} cannot be used here ({reason}): use cpu") from None
+    return device
+
+
 def processors() -> int:
     """The number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -225,7 +237,7 @@ class Split:
 
     labels   (N,) int32, or a list of N tuples where an image has several classes
     classes  (N,) int64 in 0..C-1, the labels renumbered for a classifier; for single labels only
-    num_classes  C
+    num_classes  C; `class_names`, C texts: those of directories, or the labels
     paths    N file names below `folder`; None for images in memory
     pixels   (N, H, W, 3) uint8 of images in memory; None for files
     files    (N,) int64; rows of equal numbers are the same file, also in other splits
@@ -245,8 +257,10 @@ class Split:
         files: np.ndarray | None = None,
         on_bad_image: str = "stop",
         missing: dict[str, str] | None = None,
+        label_names: Sequence[str] | None = None,
     ):
         self.domain, self.name, self.labels, self.folder = domain, name, labels, folder
+        self.label_names = label_names
         self.paths = None if paths is None else Paths(paths)
         self.pixels = pixels
         self.files = self._own_files() if files is None else files
@@ -275,6 +289,12 @@ class Split:
             return open_reduced(self.path(i), short_side)
         except InputError as error:
             raise InputError(f"{error} (domain {self.domain}, split {self.name})") from None
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes 0..C-1; for single labels only."""
+        labels = np.unique(self.labels).tolist()
+        return [str(i) if self.label_names is None else self.label_names[i] for i in labels]
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -328,6 +348,7 @@ class Split:
             pixels=None if self.pixels is None else self.pixels[rows],
             folder=self.folder,
             files=self.files[rows],
+            label_names=self.label_names,
         )
 
 
@@ -512,6 +533,7 @@ class Benchmark:
             files=found.files[found.kept],
             on_bad_image=self.on_bad_image,
             missing=missing_files(entries, found),
+            label_names=None if self.manifests else self.class_folders(domain).classes,
         )
 
     def _note_shared(self, domain, name):

@@ -9,8 +9,8 @@
 
 A query is searched in the merged index of all domains (the benchmark) or in that of its own domain
 ("separate"). Where the index holds the query's own file, that is excluded from its result by the
-rows of the file, never by rank. Copy with: data, folders, images, procedural, model, timm_backbone,
-checkpoint, metrics, distributed, kernels/, torch, numpy, pillow.
+rows of the file, never by rank. Copy with: data, folders, images, procedural, export, model,
+timm_backbone, checkpoint, metrics, distributed, kernels/, torch, numpy, pillow.
 """
 
 import argparse
@@ -250,17 +250,9 @@ def percentages(row) -> str:
 
 
 def find_device(name: str) -> str:
-    """The device of a name, "auto" being a GPU where there is one. Raises data.InputError for a
-    device that torch does not know or cannot compute on here."""
-    device = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise data.InputError(
-            f"--device {device} cannot be used here ({reason}): use cpu"
-        ) from None
-    return distributed.local_device(device)
+    """The device of a name, of several processes each its own. Raises data.InputError for one that
+    cannot be used here."""
+    return distributed.local_device(data.usable_device(name))
 
 
 def choose_domains(options, config) -> data.Benchmark:

@@ -18,7 +18,7 @@ outputs equal those of that code on files that it wrote with random weights; no 
 available. <d> is the position of a domain in `dataset_name` of the training configuration. Heads of
 several layers are refused, because their GELU and LayerNorm differ from those of model.MlpHead, and
 so are directories that Orbax wrote.
-Copy with: model, pretrained, checkpoint, timm_backbone, torch, numpy, msgpack.
+Copy with: model, pretrained, checkpoint, export, timm_backbone, torch, numpy, msgpack.
 """
 
 import json

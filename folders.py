@@ -2,6 +2,7 @@
 
     read_manifest(file, folder, single)    -> Entries: the paths and labels of a split
     read_class_folders(folder, domain)     -> ClassFolders: the Entries of all splits
+    images_below(folder, child, ignored)   -> the paths of all images in a directory tree
     look_up(entries)                       -> Files: what the paths name on disk
 
 Names beginning with "." and __MACOSX are skipped. Paths are str as of os.fsdecode, so that any
@@ -39,6 +40,7 @@ class ClassFolders(NamedTuple):
     """What a domain of class folders holds."""
 
     splits: dict[str, Entries]
+    classes: list[str]  # names, by label
     ignored: list[str]  # files in visible folders that are no images of a class
     notes: list[str]
 
@@ -128,7 +130,7 @@ def read_class_folders(folder: Path, domain: str) -> ClassFolders:
     parts = {}  # {split: {class: paths below folder}}
     for name, child in (splits or {"all": "."}).items():
         classes = visible_directories(folder / child)
-        parts[name] = {c: _images(folder, os.path.join(child, c), ignored) for c in classes}
+        parts[name] = {c: images_below(folder, os.path.join(child, c), ignored) for c in classes}
         if splits:
             ignored += [os.path.join(child, x) for x in visible_files(folder / child)]
     classes = sorted(set().union(*parts.values()))
@@ -158,7 +160,8 @@ def read_class_folders(folder: Path, domain: str) -> ClassFolders:
         entries[name] = Entries(str(folder), paths, labels)
     if ignored:
         notes.append(f"{folder}: ignored {by_suffix(ignored)}")
-    return ClassFolders(entries, [os.path.join(folder, path) for path in sorted(ignored)], notes)
+    ignored = [os.path.join(folder, path) for path in sorted(ignored)]
+    return ClassFolders(entries, classes, ignored, notes)
 
 
 def split_folders(folder: Path) -> dict[str, str]:
@@ -190,10 +193,13 @@ def _divided(classes, domain, *shares):
     return [{names[i]: classes[names[i]] for i in part} for part in parts]
 
 
-def _images(folder, child, ignored):
-    """The sorted paths below `folder` of all images in its folder `child`, at any depth."""
+def images_below(folder: str | os.PathLike, child: str, ignored: list[str]) -> list[str]:
+    """The sorted paths below `folder` of all images in its folder `child`, at any depth. Other
+    files are added to `ignored`."""
     paths, visited = [], set()
-    for directory, children, names in os.walk(folder / child, onerror=_refuse, followlinks=True):
+    for directory, children, names in os.walk(
+        os.path.join(folder, child), onerror=_refuse, followlinks=True
+    ):
         real = os.path.realpath(directory)
         if real in visited:  # a link back
             children.clear()

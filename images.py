@@ -2,6 +2,7 @@
 
     open_image(path)                   -> RGB PIL image, the one way in which files are opened
     open_reduced(path, short_side)     -> the same with JPEGs at a reduced scale, and its box
+    as_shown(image, name)              -> the same of a PIL image that is open
     prepare_train(image, size)         -> (R, R, 3) uint8, R = train_side(size)
     prepare_test(image, size)          -> (size, size, 3) uint8
     normalise(images, mean, std)       uint8 (B, 3, H, W) -> float32, for the backbone
@@ -125,6 +126,12 @@ def _decoded(path, short_side):
             box = drafted[1] if drafted is not None and image.decoderconfig[0] > 1 else None
         image.load()
         return _upright(_rgb(image, path), _orientation(image), box)
+
+
+def as_shown(image: Image.Image, name: str = "of the caller") -> Image.Image:
+    """A PIL image as `open_image` returns it: RGB, upright, transparency on white. Raises
+    InputError, with the image's name, for pixels that cannot be scaled."""
+    return _upright(_rgb(image, name), _orientation(image), None)[0]
 
 
 def _set_pixel_limit():

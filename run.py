@@ -51,6 +51,7 @@ class Run:
     digests: dict  # {domain: Split.digest() of its training images}
     teachers: Callable | None = None  # frozen ones, for the method `distill`
     average: UDON | None = None  # the running mean of the model's weights, with --ema
+    class_names: dict = field(default_factory=dict)  # {domain: the names of its training classes}
     gradients: GradientSum = field(default_factory=lambda: GradientSum(()))
     step: int = 0  # steps done
     validated: int | None = None  # step of the last validation
@@ -90,6 +91,7 @@ class Run:
             "index": self.config.index,
             "config": dataclasses.asdict(self.config),
             "run": self.identity,
+            "class_names": self.class_names,
         }
 
     def save(self, metrics: rundir.MetricsLog) -> None:
@@ -460,6 +462,7 @@ def build_run(
     run = Run(
         *(config, model, architecture, preprocessing, optimizer, sampler, device),
         *(steps_per_epoch, digests, teachers, average),
+        {domain: split.class_names for domain, split in splits.items()},
     )
     if state is not None:
         run.restore(contents)

@@ -1,5 +1,5 @@
 """The directory of a run: its owner, its files, and what must agree before it is resumed.
-Copy with: checkpoint.py, distributed.py, model.py, timm_backbone.py, torch.
+Copy with: checkpoint.py, distributed.py, export.py, model.py, timm_backbone.py, torch.
 
     run_directory(out, resume)    a context: makes and locks the directory -> its path
     load_last(out)                -> model and contents of last.pt, checked against the other files

@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+import udon
+
 # Real images beside the project; never part of it.
 MINI_UNED = Path(__file__).parents[2] / "shared" / "mini_uned"
 
@@ -61,6 +63,18 @@ def class_folders(tmp_path_factory):
             for i in range(4):
                 picture(rng, label).save(folder / f"{i}.jpg")
     return root
+
+
+@pytest.fixture(scope="session")
+def student_run(class_folders, tmp_path_factory):
+    """The directory of a short run on class folders."""
+    out = tmp_path_factory.mktemp("student") / "run"
+    options = {"image_size": 32, "batch_size": 4, "steps": 3, "period": 8, "device": "cpu"}
+    config = udon.Config(
+        preset="micro", method="udon-joint", data=str(class_folders), out=str(out), **options
+    )
+    udon.train(config)
+    return out
 
 
 @pytest.fixture

@@ -148,9 +148,15 @@ def test_files_of_other_versions(tmp_path):
 
 def test_paths_that_cannot_be_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
-    for path in (tmp_path / "missing.pt", tmp_path, tmp_path / "pipe"):
-        with pytest.raises(CheckpointError, match=f"checkpoint {re.escape(str(path))} does not"):
+    (tmp_path / "best.pt").mkdir()  # a directory stands for its best.pt
+    for path in (tmp_path / "missing.pt", tmp_path / "best.pt", tmp_path / "pipe"):
+        with pytest.raises(CheckpointError, match=f"checkpoint {re.escape(str(path))}.* does not"):
             checkpoint.load(path)
+
+
+def test_the_directory_of_a_run_stands_for_its_best_checkpoint(saved):
+    model, contents = checkpoint.load(saved.parent)
+    assert contents["step"] == 7 and isinstance(model, UDON)
 
 
 # Descriptions that no run writes ------------------------------------------------------------------
@@ -188,6 +194,7 @@ DESCRIPTION = {
     "index": ("all", None),
     "config": ({}, None, {"data": 3, "domains": None}, {"data": None, "domains": [1]}),
     "run": (None, 3),
+    "class_names": (3, ["birds"], {"birds": 5}, {"birds": [3]}, {3: ["robin"]}),
     "preprocessing": (
         *({}, None, {"mean": (0.5,) * 3, "std": (0.5,) * 3}),
         {"mean": (0.5,) * 2, "std": (0.5,) * 3, "antialias": True},

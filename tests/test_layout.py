@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 IMPORTS = {  # of our own files; a file may import no others
     "config": "",
     "distributed": "",
+    "export": "",
     "images": "",
     "kernels": "",
     "losses": "",
@@ -26,7 +27,7 @@ IMPORTS = {  # of our own files; a file may import no others
     "timm_backbone": "",
     "folders": "images",
     "data": "distributed folders images procedural",
-    "checkpoint": "model timm_backbone",
+    "checkpoint": "export model timm_backbone",
     "metrics": "kernels",
     "rundir": "checkpoint distributed model",
     "evaluate": "checkpoint data distributed kernels metrics",
