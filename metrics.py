@@ -37,6 +37,8 @@ class Metrics(NamedTuple):
     per_query_recall: torch.Tensor  # (Q,) float64, 0 or 1
     per_query_mmp: torch.Tensor  # (Q,) float64 in [0, 1]
     neighbours: torch.Tensor  # (Q, k) int64 index rows, nearest first; -1 where there are no more
+    similarities: torch.Tensor  # (Q, k) float32, their cosines; -inf where there are no more
+    relevant: torch.Tensor  # (Q,) int64, number of relevant index rows, without excluded ones
 
 
 class Classes(NamedTuple):
@@ -78,15 +80,16 @@ def retrieval_metrics(
     excluded = excluded_rows(exclude, *map(len, vectors))
 
     query_classes, index_classes, domains = classes_of(queries, index)
-    n = relevant_counts(query_classes, index_classes)
-    n -= shares_class(query_classes, index_classes, excluded).sum(1)
-    n = np.minimum(n, k)[:, None]  # (Q, 1)
-    neighbours = nearest(*vectors, excluded, k, search)  # (Q, k)
+    counts = relevant_counts(query_classes, index_classes)
+    counts -= shares_class(query_classes, index_classes, excluded).sum(1)
+    n = np.minimum(counts, k)[:, None]  # (Q, 1)
+    similarities, neighbours = nearest(*vectors, excluded, k, search)  # (Q, k)
     relevant = shares_class(query_classes, index_classes, neighbours)  # (Q, k) bool
     recall = relevant[:, 0].astype(float)
     mmp = (relevant & (np.arange(k) < n)).sum(1) / np.maximum(n, 1)[:, 0]
     means = [domain_mean(values, domains) for values in (recall, mmp)]
-    return Metrics(*means, *map(torch.from_numpy, (recall, mmp, neighbours)))
+    per_query = recall, mmp, neighbours, similarities, counts
+    return Metrics(*means, *map(torch.from_numpy, per_query))
 
 
 def domain_mean(values, domains) -> float:
@@ -122,16 +125,19 @@ def excluded_rows(exclude, query_count, index_count):
 
 
 def nearest(queries, index, excluded, k, search):
-    """(Q, k) int64: the most similar rows of the index, -1 where no more are left to a query."""
+    """-> (Q, k) float32 cosines with the most similar rows of the index, and (Q, k) int64, these
+    rows; -inf and -1 where no more are left to a query."""
+    similarities = np.full((len(queries), k), -np.inf, dtype=np.float32)
     neighbours = np.full((len(queries), k), -1)
     available = len(index) - (excluded >= 0).sum(1)  # (Q,)
     for count in np.unique(np.minimum(available, k)):  # more than one only for a small index
         group = np.flatnonzero(np.minimum(available, k) == count)
         if count > 0:
             part = queries if len(group) == len(queries) else queries[group]
-            _, rows = search(part, index, int(count), exclude=excluded[group])
+            scores, rows = search(part, index, int(count), exclude=excluded[group])
+            similarities[group, :count] = scores.cpu().numpy()
             neighbours[group, :count] = rows.cpu().numpy()
-    return neighbours
+    return similarities, neighbours
 
 
 def classes_of(queries, index):

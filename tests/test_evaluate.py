@@ -140,7 +140,7 @@ def expected_results(benchmark, merged, embedding):
             exclude,
             5,
         )
-        recall, mmp, _ = zip(*by_loops)
+        recall, mmp, *_ = zip(*by_loops)
         sizes = {"queries": n, "index": len((index or queries)[0])}
         means = {"recall_at_1": math.fsum(recall) / n, "mmp_at_5": math.fsum(mmp) / n}
         domains[domain] = means | sizes

@@ -64,8 +64,14 @@ def ranking(vector, vectors, excluded):
     return sorted(rows, key=lambda row: (-closeness(row), row))
 
 
+def cosine(one, other):
+    """In float64; 0 for a vector of zeros."""
+    norms = math.hypot(*one) * math.hypot(*other)
+    return sum(a * b for a, b in zip(one, other)) / norms if norms else 0.0
+
+
 def by_hand(queries, index, exclude, k):
-    """Per query: (R@1, mMP@k, neighbours padded with -1)."""
+    """Per query: (R@1, mMP@k, neighbours padded with -1, number of relevant rows)."""
     results = []
     for vector, label, domain, excluded in zip(*queries, exclude):
         order = ranking(vector, index.vectors, excluded)
@@ -77,7 +83,8 @@ def by_hand(queries, index, exclude, k):
         depth = min(len(relevant), k)
         hits = sum(row in relevant for row in order[:depth])
         recall = float(order[:1] != [] and order[0] in relevant)
-        results.append((recall, hits / depth if depth else 0.0, (order + [-1] * k)[:k]))
+        mmp, neighbours = hits / depth if depth else 0.0, (order + [-1] * k)[:k]
+        results.append((recall, mmp, neighbours, len(relevant)))
     return results
 
 
@@ -151,8 +158,14 @@ def test_equals_python_loops(search, form):
     queries, index, exclude, k, width = search
     sides = [as_tensors(s, width)._replace(domains=form(s.domains)) for s in (queries, index)]
     found = retrieval_metrics(*sides, exclude=exclude, k=k)
-    recalls, mmps, neighbours = map(list, zip(*by_hand(queries, index, exclude, k)))
+    recalls, mmps, neighbours, relevant = map(list, zip(*by_hand(queries, index, exclude, k)))
     assert found.neighbours.tolist() == neighbours
+    assert found.relevant.tolist() == relevant
+    cosines = [
+        [cosine(vector, index.vectors[row]) if row >= 0 else -math.inf for row in rows]
+        for vector, rows in zip(queries.vectors, neighbours)
+    ]
+    assert found.similarities.flatten().tolist() == pytest.approx(sum(cosines, []), abs=2**-23)
     assert found.per_query_recall.tolist() == recalls
     assert found.per_query_mmp.tolist() == pytest.approx(mmps, abs=1e-15)
     for mean, values in ((found.recall_at_1, recalls), (found.mmp_at_k, mmps)):
@@ -183,6 +196,8 @@ def test_shapes_and_types(search):
         assert values.shape == (n,) and values.dtype == torch.float64
         assert ((0 <= values) & (values <= 1)).all()
     assert found.neighbours.shape == (n, k) and found.neighbours.dtype == torch.int64
+    assert found.similarities.shape == (n, k) and found.similarities.dtype == torch.float32
+    assert found.relevant.shape == (n,) and found.relevant.dtype == torch.int64
 
 
 @PROPERTY
