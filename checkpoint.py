@@ -277,14 +277,16 @@ def write_json(path: str | os.PathLike, value: object) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes all of a UTF-8 file or nothing. Raises CheckpointError where it cannot be written."""
+    """Writes all of a UTF-8 file or nothing; undecodable bytes of file names, as of os.fsdecode,
+    are written as they are. Raises CheckpointError where it cannot be written."""
     is_device = os.path.exists(path) and not os.path.isfile(path)
+    form = {"encoding": "utf-8", "errors": "surrogateescape"}
     try:
         if is_device or os.path.islink(path):  # /dev/stdout must not be replaced
-            Path(path).write_text(text, encoding="utf-8")
+            Path(path).write_text(text, **form)
             return
         with replacing(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(text, **form)
     except OSError as error:
         raise CheckpointError(
             f"file {path} cannot be written ({error.strerror}): give another, or make room"

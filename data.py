@@ -1,7 +1,8 @@
 """Data directories, training batches as functions of (seed, step), and a check of all files.
 
     Benchmark(root)             the domains of a directory, or without one the procedural domains
-    .split(domain, name)        -> Split: the images of one split of one domain, their labels
+    .split(domain, name)        -> Split: the images of one split of one domain, or "all", and their
+                                labels
     TrainBatches[step, domain]  -> images (B, 3, H, W) uint8, labels (B,) int64 in 0..C-1
     TestImages[rows]            -> (B, 3, H, W) uint8, prepared for evaluation
     stream(batches, sampler, start, stop, workers)  the batches of consecutive steps
@@ -275,6 +276,9 @@ class Split:
         return len(self.labels)
 
     def path(self, i: int) -> str:
+        """The file of image i, or a name for one in memory."""
+        if self.paths is None:
+            return f"{self.domain}/{self.name} row {i}"
         return os.path.join(self.folder, self.paths[i])
 
     def image(self, i: int) -> Image.Image:
@@ -350,6 +354,28 @@ class Split:
             files=self.files[rows],
             label_names=self.label_names,
         )
+
+
+def together(splits: Sequence[Split]) -> Split:
+    """The split "all" of several of one domain. A file of several has the classes of all."""
+    places, labels = {}, {}  # of each file
+    for split in splits:
+        for row, (file, ids) in enumerate(zip(split.files.tolist(), split.labels)):
+            places.setdefault(file, (split, row))
+            labels.setdefault(file, set()).update(np.atleast_1d(ids).tolist())
+    first, ids = splits[0], [tuple(sorted(values)) for values in labels.values()]
+    in_memory = first.paths is None
+    return Split(
+        *(first.domain, "all"),
+        np.array(ids, dtype=np.int32)[:, 0] if max(map(len, ids)) == 1 else ids,
+        paths=None if in_memory else [split.paths[row] for split, row in places.values()],
+        pixels=np.stack([s.pixels[row] for s, row in places.values()]) if in_memory else None,
+        folder=first.folder,
+        files=np.array(list(places)),
+        on_bad_image=first.on_bad_image,
+        missing={path: why for split in splits for path, why in split.missing.items()},
+        label_names=first.label_names,
+    )
 
 
 def same_file_rows(queries: Split, index: Split) -> np.ndarray:
@@ -447,14 +473,19 @@ class Benchmark:
             )
 
     def split(self, domain: str, name: str) -> Split:
-        """The split "train", "val", "test", "index" or "small_index" of a domain.
+        """The split "train", "val", "test", "index" or "small_index" of a domain, or "all", the
+        images of all of these.
 
         A file that several entries name counts once. Raises InputError for a split that does not
         exist, for files that are missing and for contradicting labels.
         """
         self._check_domain(domain)
         if (domain, name) not in self._splits:
-            split = self._rendered(domain, name) if self.root is None else self._read(domain, name)
+            if name == "all":
+                split = together([self.split(domain, part) for part in self.split_names(domain)])
+            else:
+                is_file = self.root is not None
+                split = self._read(domain, name) if is_file else self._rendered(domain, name)
             self._splits[domain, name] = split
             self._note_shared(domain, name)
         return self._splits[domain, name]
@@ -465,6 +496,11 @@ class Benchmark:
         other = INDEX_OF.get(name)
         has_other = self.manifests and (self.manifests / domain / f"{other}.json").exists()
         return other if has_other else name
+
+    def split_names(self, domain: str) -> list[str]:
+        """The splits of a domain."""
+        indexes = [self.index_name(domain, name) for name in INDEX_OF]
+        return list(dict.fromkeys(["train", "val", "test", *indexes]))
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -539,9 +575,9 @@ class Benchmark:
     def _note_shared(self, domain, name):
         """Notes the files and classes that training shares with another split."""
         train = self._splits.get((domain, "train"))
-        others = [n for d, n in self._splits if d == domain and n != "train"]
+        others = [n for d, n in self._splits if d == domain]
         for other in others if name == "train" else [name]:
-            if train is None or other == "train":
+            if train is None or other in ("train", "all"):
                 continue
             split = self._splits[domain, other]
             files = np.isin(split.files, train.files).sum()
@@ -679,10 +715,10 @@ class TrainBatches(Dataset):
         return rng, rng.choice(count, self.batch_size, replace=count < self.batch_size)
 
     def files(self, step: int, domain: str) -> list[str]:
-        """What a batch consists of: paths, or "train row 7" for images in memory."""
+        """The paths of a batch, or the names of images in memory."""
         split, positions = self.splits[domain], enumerate(self._rows(step, domain)[1])
         rows = [self._usable(domain, row, (self.seed, step, i))[0] for i, row in positions]
-        return [f"{split.name} row {i}" if split.paths is None else split.path(i) for i in rows]
+        return [split.path(i) for i in rows]
 
 
 class TestImages(Dataset):
@@ -870,8 +906,7 @@ def check(root: str | os.PathLike) -> dict:
     uses = {}  # {number of the file: (its path, the splits that name it)}
     for domain in benchmark.domains:
         domains[domain] = {}
-        indexes = [benchmark.index_name(domain, name) for name in ("test", "val")]
-        for name in dict.fromkeys(["train", "val", "test", *indexes]):
+        for name in benchmark.split_names(domain):
             try:
                 entries = benchmark.entries(domain, name)
             except InputError as error:

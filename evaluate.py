@@ -1,21 +1,33 @@
 """Retrieval evaluation of a checkpoint (paper section 4): embed, search, R@1 and mMP@5 per domain.
 
     python evaluate.py runs/real/best.pt --data DIR --json out.json
+    python evaluate.py runs/real/best.pt --per-query queries.csv --gallery page.html
+    python evaluate.py runs/one/best.pt runs/two/best.pt       # side by side
+    python evaluate.py --embeddings vectors.npz --data DIR     # of any other model
 
     open_sets(benchmark, split, size)    -> {domain: TestSet}: query and index images
     embed(network, images, ...)          -> (N, D) float32, the network's output for each image
     evaluate(model, sets, ...)           -> {"mean": ..., "domains": ...}, as in the JSON file
+    retrieve({domain: embeddings}, ...)  -> {domain: Found}: what each query found
     table({name: results})               -> the results of one or several systems as text
 
 A query is searched in the merged index of all domains (the benchmark) or in that of its own domain
 ("separate"). Where the index holds the query's own file, that is excluded from its result by the
-rows of the file, never by rank. Copy with: data, folders, images, procedural, export, model,
-timm_backbone, checkpoint, metrics, distributed, kernels/, torch, numpy, pillow.
+rows of the file, never by rank. With --split all, every image of a data directory is a query and
+searched among all of them, which includes the classes of training.
+
+--embeddings takes a file of numpy.savez: vectors (N, D) floating point, any norm, and paths (N,)
+text, absolute or below DIR/images (for class folders, below DIR). It must hold every query and
+index image. `python search.py embed` writes such a file. Copy with: gallery, vectors, data,
+folders, images, procedural, export, model, timm_backbone, checkpoint, metrics, distributed,
+kernels/, torch, numpy, pillow.
 """
 
 import argparse
+import contextlib
 import itertools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +37,13 @@ from torch import nn
 
 import data
 import distributed
-from checkpoint import CheckpointError, write_json
+import gallery
+from checkpoint import CheckpointError, write_json, write_text
 from checkpoint import load as load_checkpoint
+from gallery import Found
 from kernels import cosine_topk, reference
 from metrics import DEFINITIONS, Embeddings, retrieval_metrics
+from vectors import FileVectors
 
 EMBED_BATCH = 128  # fixed: the last digits of an embedding depend on the shape of its batch
 METRICS = ("recall_at_1", "mmp_at_5")
@@ -44,22 +59,38 @@ class TestSet(NamedTuple):
 TestSet.__test__ = False  # pytest must not collect it because of its name
 
 
+class Embedded(NamedTuple):
+    """Images and their embeddings, without images that were skipped as unreadable."""
+
+    vectors: torch.Tensor  # (N, D) float32
+    split: data.Split
+
+
 def open_sets(
     benchmark: data.Benchmark, split: str, size: int, *, antialias: bool = True, keep: bool = False
 ) -> dict[str, TestSet]:
-    """The test sets of split "val" or "test" at `size` pixels. With `keep` the decoded images stay
-    in memory for repeated use, where all of them fit into data.MEMORY_LIMIT bytes."""
-    splits = {}
-    for domain in benchmark.domains:
-        names = dict.fromkeys((split, benchmark.index_name(domain, split)))
-        splits[domain] = [benchmark.split(domain, name) for name in names]
-    count = sum(len(part) for parts in splits.values() for part in parts)
+    """The test sets of split "val", "test" or "all" at `size` pixels. With `keep` the decoded
+    images stay in memory for repeated use, where all of them fit into data.MEMORY_LIMIT bytes."""
+    splits = splits_of(benchmark, split)
+    count = sum(len(part) for pair in splits.values() for part in set(pair))
     keep = keep and count * size * size * 3 <= data.MEMORY_LIMIT
     sets = {}
-    for domain, parts in splits.items():
-        images = [data.TestImages(part, size, antialias=antialias, keep=keep) for part in parts]
-        sets[domain] = TestSet(images[0], images[-1])
+    for domain, pair in splits.items():
+        images = {
+            part: data.TestImages(part, size, antialias=antialias, keep=keep)
+            for part in dict.fromkeys(pair)
+        }
+        sets[domain] = TestSet(*map(images.get, pair))
     return sets
+
+
+def splits_of(benchmark: data.Benchmark, split: str) -> dict[str, tuple[data.Split, data.Split]]:
+    """The queries and the index of each domain, one object where they are the same images."""
+    names = {domain: (split, benchmark.index_name(domain, split)) for domain in benchmark.domains}
+    return {
+        domain: tuple(benchmark.split(domain, name) for name in pair)
+        for domain, pair in names.items()
+    }
 
 
 def check_validation(sets: dict[str, TestSet]) -> None:
@@ -151,63 +182,80 @@ def evaluate(
             raise ValueError(f"{name} is {value!r}: use one of {', '.join(choices[name])}")
     if (index, embedding) == ("merged", "teacher"):
         raise ValueError("embedding is 'teacher' with index 'merged': use index 'separate'")
+    return summary(retrieve(embed_sets(model, sets, preprocessing, embedding), index))
+
+
+def embed_sets(
+    model: nn.Module, sets: dict[str, TestSet], preprocessing: dict, embedding: str
+) -> dict[str, tuple[Embedded, Embedded]]:
+    """The embeddings of the queries and the index of each domain."""
     model.eval()
     device = next(model.parameters()).device
-    queries, indexes, excluded, sizes = {}, {}, {}, {}
+    embedded = {}
     for domain, images in sets.items():
         network = network_of(model, embedding, domain)
-        embedded = {
+        parts = {
             part: usable(embed(network, part, preprocessing, device), part)
             for part in dict.fromkeys(images)
         }
-        (queries[domain], query_split), (indexes[domain], index_split) = map(embedded.get, images)
-        excluded[domain] = data.same_file_rows(query_split, index_split)
-        sizes[domain] = {"queries": len(query_split), "index": len(index_split)}
-    if index == "merged":
-        scores = merged_scores(queries, indexes, excluded)
-    else:
-        scores = {
-            domain: retrieval_metrics(
-                queries[domain], indexes[domain], exclude=excluded[domain], search=search
-            )
-            for domain in sets
-        }
-        scores = {domain: (m.per_query_recall, m.per_query_mmp) for domain, m in scores.items()}
-    domains = {}
-    for domain, values in scores.items():
-        domains[domain] = {name: part.mean().item() for name, part in zip(METRICS, values)}
-        domains[domain] |= sizes[domain]
-    means = {name: float(np.mean([row[name] for row in domains.values()])) for name in METRICS}
-    return {"mean": means, "domains": domains}
+        embedded[domain] = tuple(map(parts.get, images))
+    return embedded
 
 
-def usable(vectors, images) -> tuple[Embeddings, data.Split]:
+def usable(vectors, images) -> Embedded:
     """The embeddings and the split of the images that were not skipped as unreadable."""
     rows, split = images.usable_rows(), images.split
     if len(rows) < len(images):
         vectors, split = vectors[rows], split.select(rows)
-    return Embeddings(vectors, split.labels, [split.domain] * len(rows)), split
+    return Embedded(vectors, split)
 
 
-def merged_scores(queries, indexes, excluded) -> dict:
-    """{domain: (R@1, mMP@5) of each query} in one index of all domains."""
-    offsets = np.cumsum([0] + [len(part.vectors) for part in indexes.values()])
-    width = max(rows.shape[1] for rows in excluded.values())
-    excluded = [
+# Search -------------------------------------------------------------------------------------------
+
+
+def retrieve(embedded: dict[str, tuple[Embedded, Embedded]], index: str) -> dict[str, Found]:
+    """What the queries of each domain find in the "merged" index of all domains or in "separate"
+    ones. Empties `embedded`, so that the memory of its vectors is freed."""
+    if index == "merged":
+        return retrieve_together(embedded)
+    found = {}
+    for domain in list(embedded):
+        found |= retrieve_together({domain: embedded.pop(domain)})
+    return found
+
+
+def retrieve_together(embedded: dict[str, tuple[Embedded, Embedded]]) -> dict[str, Found]:
+    """What the queries of each domain find in one index of all of them; empties `embedded`."""
+    splits = {domain: [part.split for part in pair] for domain, pair in embedded.items()}
+    indexes = tuple(index for _, index in splits.values())
+    sides = zip(*embedded.values())
+    embedded.clear()
+    queries, index = map(joined, sides)
+    del sides
+    exclude = own_rows(list(splits.values()))
+    metrics = retrieval_metrics(queries, index, exclude=exclude, search=search)
+    counts = [len(part) for part, _ in splits.values()]
+    values = zip(*(part.split(counts) for part in metrics[2:]))
+    return {
+        domain: Found(part, indexes, *value)
+        for (domain, (part, _)), value in zip(splits.items(), values)
+    }
+
+
+def own_rows(splits: list[list[data.Split]]) -> np.ndarray:
+    """(Q, E) int64: for all queries, the rows of their own file in the joined index, then -1."""
+    offsets = np.cumsum([0] + [len(index) for _, index in splits])
+    excluded = [data.same_file_rows(*pair) for pair in splits]
+    width = max(rows.shape[1] for rows in excluded)
+    padded = [
         np.pad(
             np.where(rows >= 0, rows + offset, -1),
             ((0, 0), (0, width - rows.shape[1])),
             constant_values=-1,
         )
-        for rows, offset in zip(excluded.values(), offsets)
+        for rows, offset in zip(excluded, offsets)
     ]
-    counts = [len(part.vectors) for part in queries.values()]
-    domains = list(queries)
-    metrics = retrieval_metrics(
-        joined(queries), joined(indexes), exclude=np.concatenate(excluded), search=search
-    )
-    parts = zip(metrics.per_query_recall.split(counts), metrics.per_query_mmp.split(counts))
-    return dict(zip(domains, parts))
+    return np.concatenate(padded)
 
 
 def search(queries, index, k, *, exclude):
@@ -223,13 +271,51 @@ def search(queries, index, k, *, exclude):
     return reference.merged(results, [part.start for part in parts], k)
 
 
-def joined(parts: dict[str, Embeddings]) -> Embeddings:
-    """The embeddings of all domains in one; empties `parts`, so that their memory is freed."""
-    vectors, labels, domains = zip(*parts.values())
-    parts.clear()
+def joined(parts: tuple[Embedded, ...]) -> Embeddings:
+    """The embeddings of all domains in one."""
+    labels = [part.split.labels for part in parts]
     single = all(isinstance(part, np.ndarray) for part in labels)
     labels = np.concatenate(labels) if single else list(itertools.chain(*labels))
-    return Embeddings(torch.cat(vectors), labels, list(itertools.chain(*domains)))
+    domains = [[part.split.domain] * len(part.split) for part in parts]
+    vectors = torch.cat([part.vectors for part in parts])
+    return Embeddings(vectors, labels, list(itertools.chain(*domains)))
+
+
+def summary(found: dict[str, Found]) -> dict:
+    """The results as plain values: means over the queries of each domain, then over domains."""
+    sizes = {split.domain: len(split) for part in found.values() for split in part.index}
+    domains = {
+        domain: {
+            **dict(zip(METRICS, (part.recall.mean().item(), part.mmp.mean().item()))),
+            "queries": len(part.queries),
+            "index": sizes[domain],
+        }
+        for domain, part in found.items()
+    }
+    means = {name: float(np.mean([row[name] for row in domains.values()])) for name in METRICS}
+    return {"mean": means, "domains": domains}
+
+
+# Given embeddings ---------------------------------------------------------------------------------
+
+
+def read_embeddings(
+    path: str, benchmark: data.Benchmark, split: str
+) -> dict[str, tuple[Embedded, Embedded]]:
+    """The vectors of an .npz file for the queries and the index of each domain. Raises
+    data.InputError for a file that cannot be used or lacks images."""
+    file = FileVectors(path, benchmark.root / "images" if benchmark.manifests else benchmark.root)
+    splits = splits_of(benchmark, split)
+    embedded = {
+        part: Embedded(file.of(part), part) for part in set(itertools.chain(*splits.values()))
+    }
+    others = int((~file.used).sum())
+    if others:
+        print(f"note: {others:,} of the {len(file.used):,} vectors are of other images")
+    return {domain: tuple(map(embedded.get, pair)) for domain, pair in splits.items()}
+
+
+# What is printed ----------------------------------------------------------------------------------
 
 
 def table(systems: dict[str, dict]) -> str:
@@ -249,14 +335,112 @@ def percentages(row) -> str:
     return f"{100 * row['recall_at_1']:9.2f}{100 * row['mmp_at_5']:7.2f}"
 
 
+def confusion(found: dict[str, Found]) -> np.ndarray:
+    """(domains, domains): the share of a row's queries whose nearest neighbour, in a merged index,
+    is of a column's domain."""
+    shares = []
+    for part in found.values():
+        ends = np.cumsum([len(split) for split in part.index])
+        nearest = part.neighbours[:, 0].numpy()
+        domains = np.searchsorted(ends, nearest[nearest >= 0], side="right")
+        shares.append(np.bincount(domains, minlength=len(ends)) / len(nearest))
+    return np.array(shares)
+
+
+def confusion_table(domains: list[str], shares: np.ndarray) -> str:
+    """Shares as of `confusion` as text, in %."""
+    lines = [f"{'domain of the query':20}" + "".join(f"{i:7}" for i in range(1, len(domains) + 1))]
+    for number, (domain, row) in enumerate(zip(domains, shares), 1):
+        cells = "".join(f"{100 * share:7.1f}" if share else f"{'-':>7}" for share in row)
+        lines.append(f"{number:3} {domain:16}{cells}")
+    return "\n".join(lines)
+
+
+def column_names(paths: list[str]) -> list[str]:
+    """Names of 15 characters at most: the parts in which paths differ, or else numbers."""
+    parts = [Path(path.removesuffix("/best.pt")).parts for path in paths]
+    for side in (0, -1):
+        while len({part[side] for part in parts}) == 1 and min(map(len, parts)) > 1:
+            parts = [part[1:] if side == 0 else part[:-1] for part in parts]
+    names = [data.printable(os.path.join(*part)) for part in parts]
+    names = [name if len(name) <= 15 else f"…{name[-14:]}" for name in names]
+    return names if len(set(names)) == len(names) else [f"{i + 1}" for i in range(len(names))]
+
+
+def left_out(benchmark: data.Benchmark, split: str) -> Iterator[str]:
+    """A sentence if the data directory lists images that are neither queries nor in the index."""
+    if benchmark.root is None or split == "all":
+        return
+    listed, others = 0, 0
+    for domain in benchmark.domains:
+        paths = {}
+        for name in benchmark.split_names(domain):
+            with contextlib.suppress(data.InputError):  # of a split that is not evaluated
+                paths[name] = {*map(os.path.normpath, benchmark.entries(domain, name).paths)}
+        everything = set().union(*paths.values())
+        listed += len(everything)
+        names = (split, benchmark.index_name(domain, split))
+        others += len(everything.difference(*(paths[name] for name in names)))
+    if others:
+        yield (
+            f"{others:,} of {listed:,} images are in other splits; --split all takes the images of "
+            "all splits, training classes included"
+        )
+
+
+# Command line -------------------------------------------------------------------------------------
+
+
 def find_device(name: str) -> str:
     """The device of a name, of several processes each its own. Raises data.InputError for one that
     cannot be used here."""
     return distributed.local_device(data.usable_device(name))
 
 
-def choose_domains(options, config) -> data.Benchmark:
+class System(NamedTuple):
+    """What is evaluated: a checkpoint, or given embeddings, which have no model."""
+
+    path: str
+    index: str
+    embedding: str | None = None
+    model: nn.Module | None = None
+    contents: dict | None = None  # of the checkpoint
+
+
+def open_systems(options: argparse.Namespace) -> list[System]:
+    """What the command line names. Raises data.InputError or CheckpointError."""
+    if bool(options.embeddings) == bool(options.checkpoints):
+        raise data.InputError("give one checkpoint or several, or --embeddings, not both")
+    if options.embeddings:
+        if not options.data or options.embedding:
+            raise data.InputError("--embeddings needs --data, and takes no --embedding")
+        return [System(options.embeddings, options.index or "merged")]
+    if len(options.checkpoints) > 1 and (options.per_query or options.gallery):
+        raise data.InputError("--per-query and --gallery are of one checkpoint: give one")
+    device = find_device(options.device)
+    systems = [open_checkpoint(path, options, device) for path in options.checkpoints]
+    if len({system.index for system in systems}) > 1:
+        raise data.InputError(
+            "the runs of these checkpoints were validated in different indexes: give --index"
+        )
+    return systems
+
+
+def open_checkpoint(path: str, options: argparse.Namespace, device: str) -> System:
+    model, contents = load_checkpoint(path, device)
+    embedding = options.embedding or contents["embedding"]
+    index = options.index or ("separate" if embedding == "teacher" else "merged")
+    if (embedding, index) == ("teacher", "merged"):
+        raise data.InputError(
+            "--embedding is teacher with --index merged, which would compare the embeddings of "
+            "different teachers: use --index separate"
+        )
+    return System(path, index, embedding, model, contents)
+
+
+def choose_domains(options: argparse.Namespace, system: System) -> data.Benchmark:
     """The data to evaluate on: as the options say, else as in training."""
+    config = system.contents["config"] if system.contents else {"data": None, "domains": None}
     root, domains = options.data or config["data"], options.domains or config["domains"]
     if domains and not options.domains:
         available = data.Benchmark(root).domains
@@ -268,72 +452,129 @@ def choose_domains(options, config) -> data.Benchmark:
     return data.Benchmark(root, domains, on_bad_image=options.on_bad_image)
 
 
-def report(options: argparse.Namespace) -> None:
-    """Evaluates as the command line says: prints the table and writes the JSON file."""
-    target = options.json and Path(options.json).absolute()
-    if target and (not target.parent.is_dir() or target.is_dir()):
-        raise data.InputError(f"--json {options.json} must be a file in a directory that exists")
-    device = find_device(options.device)
-    model, contents = load_checkpoint(options.checkpoint, device)
-    embedding = options.embedding or contents["embedding"]
-    index = options.index or ("separate" if embedding == "teacher" else "merged")
-    if (embedding, index) == ("teacher", "merged"):
-        raise data.InputError(
-            "--embedding is teacher with --index merged, which would compare the embeddings of "
-            "different teachers: use --index separate"
-        )
-    benchmark = choose_domains(options, contents["config"])
-    untaught = [domain for domain in benchmark.domains if domain not in model.teacher_heads]
-    if embedding == "teacher" and untaught:
-        raise data.InputError(
-            f"domain {untaught[0]!r} has no teacher in {options.checkpoint}, whose teachers are "
-            f"{list(model.teacher_heads)}: use --embedding student"
-        )
-    preprocessing = contents["preprocessing"]
-    size = contents["architecture"]["backbone"]["image_size"]
-    sets = open_sets(benchmark, options.split, size, antialias=preprocessing["antialias"])
-    root = None if benchmark.root is None else str(benchmark.root)
+def results_of(
+    system: System, benchmark: data.Benchmark, options: argparse.Namespace
+) -> dict[str, Found]:
+    """Embeds and searches, and prints what."""
+    on = str(benchmark.root or "the procedural domains")
+    queries = "all images as" if options.split == "all" else options.split
+    protocol = f"{queries} queries, {system.index} index"
     same = {f"--{name.replace('_', '-')}": value for name, value in vars(options).items()}
+    if system.model is None:
+        distributed.require_same(same)
+        print(f"{system.path} on {on}: {protocol}")
+        return retrieve(read_embeddings(system.path, benchmark, options.split), system.index)
+    contents = system.contents
+    untaught = [domain for domain in benchmark.domains if domain not in system.model.teacher_heads]
+    if system.embedding == "teacher" and untaught:
+        raise data.InputError(
+            f"domain {untaught[0]!r} has no teacher in {system.path}, whose teachers are "
+            f"{list(system.model.teacher_heads)}: use --embedding student"
+        )
+    size = contents["architecture"]["backbone"]["image_size"]
+    preprocessing = contents["preprocessing"]
+    sets = open_sets(benchmark, options.split, size, antialias=preprocessing["antialias"])
     same |= {"the checkpoint's run": contents["run"], "its step": contents["step"]}
     distributed.require_same(same | digests(sets))
     print(
-        f"{options.checkpoint}, step {contents['step']:,}, on {root or 'the procedural domains'}: "
-        f"{embedding} embedding, {options.split} queries, {index} index"
+        f"{system.path}, step {contents['step']:,}, on {on}: {system.embedding} embedding, "
+        f"{protocol}"
     )
     images = sum(len(part) for parts in sets.values() for part in set(parts))
-    width = model.backbone.width
+    width = system.model.backbone.width
     if 4 * width * images > 1e8:
         print(f"{images:,} images, whose embeddings take up to {4 * width * images / 1e6:,.0f} MB")
-    results = evaluate(model, sets, preprocessing, index=index, embedding=embedding)
-    for note in benchmark.notes:
+    embedded = embed_sets(system.model, sets, preprocessing, system.embedding)
+    return retrieve(embedded, system.index)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Evaluates as the command line says: prints the tables and writes the files."""
+    check_targets(options)
+    systems = open_systems(options)
+    benchmark = choose_domains(options, systems[0])
+    is_merged = systems[0].index == "merged" and len(benchmark.domains) > 1
+    results, tables = {}, []
+    for name, system in zip(column_names([system.path for system in systems]), systems):
+        found = results_of(system, benchmark, options)
+        results[name] = summary(found)
+        if is_merged:
+            of_system = f" of {name}" if len(systems) > 1 else ""
+            tables.append(f"\nDomains of the nearest neighbours{of_system}, in % of the queries:")
+            tables.append(confusion_table(list(found), confusion(found)))
+    for note in [*benchmark.notes, *left_out(benchmark, options.split)]:
         print(f"note: {note}")
     for path, reason in benchmark.skipped.items():
         print(f"skipped {path}: {reason}")
-    print(table({embedding: results}))
-    if options.json and distributed.rank() == 0:
-        about = {
-            "checkpoint": str(options.checkpoint),
-            "step": contents["step"],
-            "data": root,
-            "split": options.split,
-            "index": index,
-            "embedding": embedding,
-            "skipped": benchmark.skipped,
-        }
-        write_json(options.json, results | about)
+    print("\n".join([table(results), *tables]))
+    if distributed.rank() == 0:
+        write_files(options, systems, benchmark, list(results.values()), found)
+
+
+def check_targets(options: argparse.Namespace) -> None:
+    """Raises data.InputError for files that could not be written after the long work."""
+    for name in ("json", "per_query", "gallery"):
+        value = getattr(options, name)
+        target = value and Path(value).absolute()
+        if target and (not target.parent.is_dir() or target.is_dir()):
+            flag = name.replace("_", "-")
+            raise data.InputError(f"--{flag} {value} must be a file in a directory that exists")
+    if options.gallery_size < 1:
+        raise data.InputError(f"--gallery-size is {options.gallery_size}: give 1 or more")
+
+
+def write_files(options, systems, benchmark, results, found) -> None:
+    """Writes the files that the command line names; `found` is of the last system."""
+    root = None if benchmark.root is None else str(benchmark.root)
+    values = []
+    for system, result in zip(systems, results):
+        about = {"embeddings": system.path}
+        if system.contents:
+            about = {"checkpoint": system.path, "step": system.contents["step"]}
+        about |= {"data": root, "split": options.split, "index": system.index}
+        if system.contents:
+            about["embedding"] = system.embedding
+        values.append(result | about | {"skipped": benchmark.skipped})
+    if options.json:
+        write_json(options.json, values[0] if len(values) == 1 else {"systems": values})
+    if options.per_query:
+        write_text(options.per_query, gallery.per_query(found))
+    if options.gallery:
+        mean = values[0]["mean"]
+        lines = [
+            f"{options.split} queries of {root or 'the procedural domains'}, {systems[0].index} "
+            f"index: mean R@1 {100 * mean['recall_at_1']:.2f}, mMP@5 {100 * mean['mmp_at_5']:.2f}."
+        ]
+        page = gallery.page(found, systems[0].path, lines, options.gallery_size)
+        write_text(options.gallery, page)
 
 
 def command_line() -> argparse.ArgumentParser:
     parser = data.Parser(description="Retrieval metrics of a checkpoint, per domain and mean.")
-    parser.add_argument("checkpoint", help="best.pt or last.pt of a run")
     parser.add_argument(
-        "--data", metavar="DIR", help="data directory (default: that of the training run)"
+        "checkpoints",
+        metavar="checkpoint",
+        nargs="*",
+        help="best.pt or last.pt of a run; several are printed side by side",
     )
     parser.add_argument(
-        "--domains", metavar="DOMAIN", nargs="+", help="(default: those of the training run)"
+        "--embeddings",
+        metavar="FILE",
+        help="evaluate vectors of any other model instead: an .npz file with vectors (N, D) and "
+        "paths (N,), as search.py embed writes",
     )
     parser.add_argument(
-        "--split", choices=("test", "val"), default="test", help="the queries (default: test)"
+        "--data", metavar="DIR", help="data directory (default: that of the first training run)"
+    )
+    parser.add_argument(
+        "--domains", metavar="DOMAIN", nargs="+", help="(default: those of the first training run)"
+    )
+    parser.add_argument(
+        "--split",
+        choices=("test", "val", "all"),
+        default="test",
+        help="the queries; all: the images of all splits, searched among all of them, the classes "
+        "of training included (default: test)",
     )
     parser.add_argument(
         "--index",
@@ -352,11 +593,33 @@ def command_line() -> argparse.ArgumentParser:
         default="stop",
         help="stop at an image that cannot be read, or skip up to 1 %% of a split (default: stop)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the results to this file, too")
+    add_outputs(parser)
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)"
     )
     return parser
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file, too")
+    parser.add_argument(
+        "--per-query",
+        metavar="FILE",
+        help="write a CSV file with the result and the five neighbours of each query",
+    )
+    parser.add_argument(
+        "--gallery",
+        metavar="FILE",
+        help="write a page (HTML) of queries and their neighbours, half of them the worst of each "
+        "domain, half at random",
+    )
+    parser.add_argument(
+        "--gallery-size",
+        metavar="N",
+        type=int,
+        default=100,
+        help="number of queries of --gallery (default: 100)",
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

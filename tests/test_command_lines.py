@@ -362,6 +362,14 @@ EVALUATION_MISTAKES = [
     ("{best} --data {folders} --embedding teacher", "'plants' has no teacher"),
     ("{best} --json no/out.json", "no/out.json"),
     ("{best} --json .", "--json . must be a file"),
+    ("{best} --per-query no/out.csv", "--per-query no/out.csv must be a file"),
+    ("{best} --gallery .", "--gallery . must be a file"),
+    ("{best} --gallery out.html --gallery-size 0", "--gallery-size is 0: give 1 or more"),
+    ("{best} {best} --per-query out.csv", "--per-query and --gallery are of one checkpoint"),
+    ("{best} missing.pt", "missing.pt"),
+    ("{best} --embeddings out.npz", "not both"),
+    ("--embeddings out.npz", "--embeddings needs --data"),
+    ("--embeddings out.npz --data {folders}", "out.npz cannot be read"),
     ("{best} --device abacus", "abacus"),
 ]
 

@@ -18,6 +18,54 @@ from sampler import DomainSampler
 SIZE, BATCH, SEED = 16, 6, 3
 
 
+# The split of all images --------------------------------------------------------------------------
+
+
+def test_all_images_of_a_domain_each_once(tmp_path):
+    """cars has an index split, whose first image the test split is given, too, with a class of its
+    own; an image that is missing from one split is missing from all."""
+    root = write_uned(tmp_path)
+    manifests = root / "info_files" / "cars"
+    entries = {path.stem: json.loads(path.read_text()) for path in manifests.iterdir()}
+    shared = {
+        **entries["index"][0],
+        "path": f"./{entries['index'][0]['path']}",
+        "class_id": [70, 30],
+    }
+    (manifests / "test.json").write_text(json.dumps([*entries["test"], shared]))
+    benchmark = data.Benchmark(root)
+    split = benchmark.split("cars", "all")
+    labels = {}
+    for entry in [*(entry for part in entries.values() for entry in part), shared]:
+        path = entry["path"].removeprefix("./")
+        labels.setdefault(path, set()).update(np.atleast_1d(entry["class_id"]).tolist())
+    paths = [path.removeprefix("./") for path in split.paths]
+    assert len(paths) == 60 and dict(zip(paths, map(set, split.labels))) == labels
+    assert benchmark.split("cars", "all") is split and split.name == "all"
+    assert benchmark.index_name("cars", "all") == "all" and not benchmark.notes
+
+
+def test_all_images_in_memory():
+    benchmark = data.Benchmark(domains=["count"])
+    parts = [benchmark.split("count", name) for name in ("train", "val", "test")]
+    split = benchmark.split("count", "all")
+    assert np.array_equal(split.pixels, np.concatenate([part.pixels for part in parts]))
+    assert np.array_equal(split.labels, np.concatenate([part.labels for part in parts]))
+    assert split.path(3) == "count/all row 3"
+
+
+def test_bad_images_of_all_splits_count_together(tmp_path):
+    root = write_uned(tmp_path, images=30)
+    (root / "images" / "birds" / "train" / "0_0.png").unlink()
+    with pytest.raises(data.InputError, match="0_0.png"):
+        data.Benchmark(root).split("birds", "all")
+    benchmark = data.Benchmark(root, on_bad_image="skip")
+    split = benchmark.split("birds", "all")
+    assert len(split) == 359 and len(split.missing) == 1
+    split.skip(0, data.InputError("truncated"))
+    assert len(benchmark.skipped) == 2
+
+
 # Batches ------------------------------------------------------------------------------------------
 
 

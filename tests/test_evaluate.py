@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from test_metrics import Embeddings, by_hand
+from test_checkpoint import contents_of
+from test_metrics import Embeddings, by_hand, ranking
 
 import checkpoint
 import data
@@ -72,6 +73,11 @@ def same(colours, labels, domain="a"):
 
 def results_of(sets, **options):
     return evaluate.evaluate(Colours(), sets, PREPROCESSING, **options)
+
+
+def embedded_by_colour(sets):
+    """The student's embeddings of all sets, as evaluate.retrieve takes them."""
+    return evaluate.embed_sets(Colours(), sets, PREPROCESSING, "student")
 
 
 def recalls(results):
@@ -161,6 +167,25 @@ def test_evaluate_equals_python_loops(index, embedding, benchmark):
     assert list(found["domains"]) == list(expected["domains"])
     for domain, row in expected["domains"].items():
         assert found["domains"][domain] == pytest.approx(row, abs=1e-12), domain
+
+
+@pytest.mark.parametrize("domains", ["a", "abc"])
+@settings(deadline=None, max_examples=10)
+@given(data=st.data())
+def test_the_domains_of_nearest_neighbours_equal_python_loops(domains, data):
+    colours = st.lists(st.tuples(*[st.integers(-2, 2)] * 3), min_size=1, max_size=4)
+    sides = {domain: data.draw(colours) for domain in domains}
+    sets = {domain: same(side, [0] * len(side), domain) for domain, side in sides.items()}
+    found = evaluate.confusion(evaluate.retrieve(embedded_by_colour(sets), "merged"))
+    flat = [(domain, colour[:2]) for domain, side in sides.items() for colour in side]
+    for row, domain in zip(found, domains):
+        counts = dict.fromkeys(domains, 0)
+        for query, (own, vector) in enumerate(flat):
+            order = ranking(vector, [other for _, other in flat], query)
+            if own == domain and order:
+                counts[flat[order[0]][0]] += 1
+        expected = [count / len(sides[domain]) for count in counts.values()]
+        assert row.tolist() == pytest.approx(expected)
 
 
 # The protocol, case by case -----------------------------------------------------------------------
@@ -300,6 +325,113 @@ def test_open_sets_shares_the_images_where_the_index_is_the_query_split():
 
 def test_the_checkpoint_names_are_offered():
     assert evaluate.load_checkpoint is checkpoint.load
+
+
+# The command line ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Two untrained models, as runs write them."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for seed, name in enumerate(("one", "two")):
+        (root / name).mkdir()
+        checkpoint.save(root / name / "best.pt", contents_of(seed, step=seed))
+    return root
+
+
+def run(directory, *arguments):
+    """The JSON file of an evaluation."""
+    evaluate.main([*map(str, arguments), "--json", str(directory / "out.json")])
+    return json.loads((directory / "out.json").read_text())
+
+
+def test_several_checkpoints_side_by_side(checkpoints, uned, tmp_path, capsys):
+    names = ("one", "two")
+    paths = [checkpoints / name / "best.pt" for name in names]
+    alone = [run(tmp_path, path, "--data", uned) for path in paths]
+    capsys.readouterr()
+    assert run(tmp_path, *paths, "--data", uned) == {"systems": alone}
+    assert alone[0]["mean"] != alone[1]["mean"] and alone[1]["checkpoint"] == str(paths[1])
+    printed = capsys.readouterr().out
+    assert evaluate.table(dict(zip(names, alone))) in printed
+    assert all(f"Domains of the nearest neighbours of {name}, in %" in printed for name in names)
+
+
+def test_all_images_are_queries_and_searched_among_all(checkpoints, uned, tmp_path, capsys):
+    """60 images of each domain, in five splits; the results equal a search without any splits."""
+    result = run(tmp_path, checkpoints / "one" / "best.pt", "--data", uned, "--split", "all")
+    assert "all images as queries" in capsys.readouterr().out
+    sizes = {domain: (row["queries"], row["index"]) for domain, row in result["domains"].items()}
+    assert sizes == {"birds": (60, 60), "cars": (60, 60)}
+    model, contents = checkpoint.load(checkpoints / "one" / "best.pt")
+    labels = {}  # {path: (domain, classes)}
+    for manifest in uned.glob("info_files/*/*.json"):
+        for entry in json.loads(manifest.read_text()):
+            classes = labels.setdefault(entry["path"], (manifest.parent.name, set()))[1]
+            classes.update(np.atleast_1d(entry["class_id"]).tolist())
+    split = data.Split("any", "all", [0] * len(labels), paths=labels, folder=uned / "images")
+    images = data.TestImages(split, 16)
+    vectors = evaluate.embed(model.embed, images, contents["preprocessing"], "cpu").double().numpy()
+    similarities = vectors @ vectors.T
+    np.fill_diagonal(similarities, -2)
+    known = list(labels.values())
+    hits = [
+        known[row][0] == known[best][0] and bool(known[row][1] & known[best][1])
+        for row, best in enumerate(similarities.argmax(1).tolist())
+    ]
+    for domain in sizes:
+        own = [hit for hit, (name, _) in zip(hits, known) if name == domain]
+        assert result["domains"][domain]["recall_at_1"] == pytest.approx(np.mean(own), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "split, sentence",
+    [("test", "80 of 120 images are in other splits"), ("val", "80 of 120 "), ("all", None)],
+)
+def test_images_that_the_split_leaves_out_are_counted(uned, split, sentence):
+    sentences = list(evaluate.left_out(data.Benchmark(uned), split))
+    assert len(sentences) == (sentence is not None)
+    assert not sentences or sentences[0].startswith(sentence)
+
+
+def test_embeddings_of_a_file_are_evaluated_as_those_of_the_model(checkpoints, uned, tmp_path):
+    path = checkpoints / "two" / "best.pt"
+    expected = run(tmp_path, path, "--data", uned)
+    model, contents = checkpoint.load(path)
+    vectors, paths = [], []
+    for pair in evaluate.open_sets(data.Benchmark(uned), "test", 16).values():
+        for part in dict.fromkeys(pair):
+            vectors.append(evaluate.embed(model.embed, part, contents["preprocessing"], "cpu"))
+            paths += part.split.paths
+    file = tmp_path / "vectors.npz"
+    np.savez(file, vectors=torch.cat(vectors).numpy(), paths=paths)
+    table = tmp_path / "queries.csv"
+    found = run(tmp_path, "--embeddings", file, "--data", uned, "--per-query", table)
+    assert {name: found[name] for name in ("mean", "domains")} == {
+        name: expected[name] for name in ("mean", "domains")
+    }
+    assert found["embeddings"] == str(file) and found["index"] == "merged"
+    assert "checkpoint" not in found and "embedding" not in found
+    assert len(table.read_text().splitlines()) == 1 + 20 + 10
+
+
+@pytest.mark.parametrize(
+    "paths, names",
+    [
+        (["runs/a/best.pt", "runs/b/best.pt"], ["a", "b"]),
+        (["a/best.pt", "a/last.pt"], ["a", "a/last.pt"]),
+        (["x.pt", "runs/y.pt", "/z.pt"], ["x.pt", "runs/y.pt", "/z.pt"]),
+        (["one/udon", "two/udon"], ["one", "two"]),
+        (["a", "a"], ["1", "2"]),
+        (["runs/of-december/1", "runs/of-november/1"], ["of-december", "of-november"]),
+        (["a-very-long-name-1", "a-very-long-name-2"], ["…ry-long-name-1", "…ry-long-name-2"]),
+        (["1-with-a-very-long-name", "2-with-a-very-long-name"], ["1", "2"]),
+        (["best.pt"], ["best.pt"]),
+    ],
+)
+def test_names_of_columns(paths, names):
+    assert evaluate.column_names(paths) == names
 
 
 # What is printed ----------------------------------------------------------------------------------
