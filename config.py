@@ -80,6 +80,8 @@ METHODS = {
 MODELS = ("micro", "mini", "s16", "b16", "l16")  # sizes of the ViT
 # A model of timm comes with its weights and image size, unless these are given.
 TIMM = {"init": "timm", "image_size": 0}
+# Steps on features take milliseconds, and a checkpoint holds the whole backbone.
+FROZEN = {"save_every": 2000}
 Preset = Literal["mini", "micro", "uned-s16", "uned-b16", "uned-l16", "uned-b16-clip"]
 Method = Literal["udon", "udon-joint", "usc", "ujc", "teachers", "distill", "backbone"]
 DEMO = ("udon-joint", "usc")  # what `python udon.py train` compares with without other options
@@ -155,7 +157,8 @@ class Config:
     set it when a note says that the statistics of these weights were assumed."""
     freeze_backbone: bool = False
     """Train the heads alone, on features of the backbone that are computed once and kept in the
-    directory of the run; the way to use a strong public backbone without a GPU."""
+    directory of the run; the way to use a strong public backbone without a GPU. Heads may need a
+    larger --head-lr."""
     views: int = 4
     """With --freeze-backbone: random training crops of each image that features are computed of,
     besides those of the test view."""
@@ -216,7 +219,8 @@ class Config:
     val_every: int | None = None
     """Steps between validations; without it: an epoch."""
     save_every: int = 200
-    """Steps between checkpoints: at most so many are repeated after a crash."""
+    """Steps between checkpoints: at most so many are repeated after a crash; 2000 with
+    --freeze-backbone, whose steps are short."""
     device: str = "auto"
     """Device such as cpu, cuda or cuda:1; auto: cuda where there is one, else cpu."""
     teachers: str | None = None
@@ -272,11 +276,13 @@ class Config:
         check_value("preset", preset)
         check_value("method", method)
         model = TIMM if str(options.get("model")).startswith("timm:") else {}
-        for name, value in (overlaid(preset, method) | model | options).items():
+        frozen = FROZEN if options.get("freeze_backbone") is True else {}
+        for name, value in (overlaid(preset, method) | model | frozen | options).items():
             value = tuple(value) if isinstance(value, list) else value
             check_value(name, value)
             object.__setattr__(self, name, value)
         check_model(self)
+        check_features(self)
         check_losses(self)
         check_evaluation(self)
 
@@ -393,6 +399,31 @@ def check_model(config):
         not is_timm or config.init_activation is None,
         f"--init-activation is {config.init_activation} but {model}, whose activation is fixed: "
         "leave it out",
+    )
+
+
+def check_features(config):
+    """Raises ConfigError for options that training on features of a frozen backbone rules out."""
+    frozen, views = config.freeze_backbone, config.views
+    require(
+        frozen or views == DEFAULTS["views"],
+        f"--views is {views} without --freeze-backbone, which it belongs to: give both or none",
+    )
+    require(
+        not frozen or views > 0 or config.min_area is None,
+        f"--min-area is {config.min_area} with --views 0, which takes no random crops: leave it "
+        "out, or use --views 1 or more",
+    )
+    for name in ("distill_into_backbone", "checkpoint_activations"):
+        require(
+            not frozen or not getattr(config, name),
+            f"{flag(name)} is given with --freeze-backbone, which computes no gradient of the "
+            "backbone: leave one of them out",
+        )
+    require(
+        not frozen or config.teachers is None,
+        f"--teachers is {config.teachers} with --freeze-backbone, but frozen teachers have a "
+        "backbone of their own and need the images: leave one of them out",
     )
 
 

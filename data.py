@@ -6,6 +6,7 @@
     TrainBatches[step, domain]  -> images (B, 3, H, W) uint8, labels (B,) int64 in 0..C-1
     TestImages[rows]            -> (B, 3, H, W) uint8, prepared for evaluation
     stream(batches, sampler, start, stop, workers)  the batches of consecutive steps
+    share_bad_rows(split)                           what several processes found unreadable
     same_file_rows(queries, index)                  the rows of each query's own file in the index
     open_image, prepare_train, prepare_test, normalise, ...   as in images.py
 
@@ -92,6 +93,7 @@ __all__ = [
     "processors",
     "resize",
     "same_file_rows",
+    "share_bad_rows",
     "stream",
     "train_side",
 ]
@@ -378,6 +380,14 @@ def together(splits: Sequence[Split]) -> Split:
     )
 
 
+def share_bad_rows(split: Split) -> None:
+    """Tells all processes of the images that any has found unreadable. Raises InputError if
+    together they are too many."""
+    for bad_rows in distributed.collected(dict(split.bad_rows)):
+        for row in bad_rows.keys() - split.bad_rows.keys():
+            split.skip(row, InputError(bad_rows[row]))
+
+
 def same_file_rows(queries: Split, index: Split) -> np.ndarray:
     """(Q, E) int64: the rows of the index that are the same file as each query, then -1.
 
@@ -628,7 +638,8 @@ class TrainBatches(Dataset):
               min_area..1 of the image's and an aspect ratio of 3:4 to 4:3, limited to the image,
               and resized
     share     positions of the batch to return, where several processes divide it
-    in_memory whether the decoded images are kept, which takes at most MEMORY_LIMIT bytes
+    keep      keep the decoded images in memory, where they take at most MEMORY_LIMIT bytes
+    in_memory whether they are kept
     """
 
     def __init__(
@@ -641,12 +652,13 @@ class TrainBatches(Dataset):
         antialias: bool = True,
         min_area: float | None = None,
         share: slice = slice(None),
+        keep: bool = True,
     ):
         self.splits, self.size, self.batch_size, self.seed = splits, size, batch_size, seed
         self.share = share
         self.antialias, self.min_area, self.side = antialias, min_area, train_side(size)
         needed = sum(len(split) for split in splits.values()) * 3 * self.side**2
-        self.in_memory = needed <= MEMORY_LIMIT
+        self.in_memory = keep and needed <= MEMORY_LIMIT
         self.pixels = None
         if self.in_memory:
             self.pixels = {
@@ -662,61 +674,80 @@ class TrainBatches(Dataset):
 
     def _usable(self, domain, row, position_seed):
         """`row` and its image (3, R, R), or those of another row if the image is bad."""
+        split = self.splits[domain]
+        for usable in self.candidates(domain, row, position_seed):
+            if self.in_memory:
+                return usable, self.pixels[domain][usable]
+            try:
+                return usable, self._prepared(split, usable)
+            except InputError as error:
+                split.skip(usable, error)
+
+    def candidates(self, domain: str, row: int, position_seed: tuple[int, ...]) -> Iterator[int]:
+        """Yields `row`, then rows that may take its place; none of an image known to be bad."""
         split, rng = self.splits[domain], None
         while True:
             if row not in split.bad_rows:
-                if self.in_memory:
-                    return row, self.pixels[domain][row]
-                try:
-                    return row, self._prepared(split, row)
-                except InputError as error:
-                    split.skip(row, error)
+                yield row
             rng = rng or np.random.default_rng(position_seed)
             row = rng.integers(len(split))
 
-    def _boxes(self, rng):
-        """lefts, tops, widths, heights (B,) of the crops, in pixels of the (R, R) images."""
-        batch, size, side = self.batch_size, self.size, self.side
+    def _boxes(self, rng, count):
+        """lefts, tops, widths, heights (count,) of crops, in pixels of the (R, R) images."""
+        size, side = self.size, self.side
         if self.min_area is None:
-            widths = heights = np.full(batch, size)
-            lefts, tops = rng.integers(0, side - size + 1, (2, batch))
+            widths = heights = np.full(count, size)
+            lefts, tops = rng.integers(0, side - size + 1, (2, count))
         else:
-            areas = rng.uniform(self.min_area, 1, batch)
-            aspects = (4 / 3) ** rng.uniform(-1, 1, batch)
+            areas = rng.uniform(self.min_area, 1, count)
+            aspects = (4 / 3) ** rng.uniform(-1, 1, count)
             widths, heights = np.minimum(side, side * np.sqrt([areas * aspects, areas / aspects]))
-            lefts, tops = rng.random((2, batch)) * (side - np.stack([widths, heights]))
-        return lefts, tops, widths, heights
+            lefts, tops = rng.random((2, count)) * (side - np.stack([widths, heights]))
+        return list(zip(lefts, tops, widths, heights))
 
-    def _crop(self, whole, left, top, width, height):
+    def _crop(self, whole, box, flip):
+        left, top, width, height = box
         if self.min_area is None:
-            return whole[:, top : top + height, left : left + width]
-        image = Image.fromarray(whole.transpose(1, 2, 0))
-        box = (left, top, left + width, top + height)
-        return resize(image, self.size, self.size, box=box).transpose(2, 0, 1)
+            crop = whole[:, top : top + height, left : left + width]
+        else:
+            image = Image.fromarray(whole.transpose(1, 2, 0))
+            corners = (left, top, left + width, top + height)
+            crop = resize(image, self.size, self.size, box=corners).transpose(2, 0, 1)
+        return crop[:, :, ::-1] if flip else crop
+
+    def crops(self, domain: str, row: int, count: int) -> np.ndarray:
+        """(count, 3, H, W) uint8: random crops of one image, a function of (seed, row). Raises
+        InputError for a bad image."""
+        whole = self._prepared(self.splits[domain], row)
+        rng = np.random.default_rng((self.seed, row))
+        boxes, flips = self._boxes(rng, count), rng.random(count) < 0.5
+        images = np.empty((count, 3, self.size, self.size), dtype=np.uint8)
+        for i, (box, flip) in enumerate(zip(boxes, flips)):
+            images[i] = self._crop(whole, box, flip)
+        return images
 
     def __getitem__(self, key: tuple[int, str]) -> tuple[torch.Tensor, torch.Tensor]:
         step, domain = key
         split, batch = self.splits[domain], self.batch_size
-        rng, rows = self._rows(step, domain)
-        boxes = list(zip(*self._boxes(rng)))
+        rng, rows = self.rows(step, domain)
+        boxes = self._boxes(rng, batch)
         flips = rng.random(batch) < 0.5
         positions = range(batch)[self.share]
         images = np.empty((len(positions), 3, self.size, self.size), dtype=np.uint8)
         for i, position in enumerate(positions):
             position_seed = (self.seed, step, position)
             rows[position], whole = self._usable(domain, rows[position], position_seed)
-            crop = self._crop(whole, *boxes[position])
-            images[i] = crop[:, :, ::-1] if flips[position] else crop
+            images[i] = self._crop(whole, boxes[position], flips[position])
         return torch.from_numpy(images), torch.from_numpy(split.classes[rows[self.share]])
 
-    def _rows(self, step, domain):
-        """-> the generator of a batch, and the rows (B,) it draws."""
+    def rows(self, step: int, domain: str) -> tuple[np.random.Generator, np.ndarray]:
+        """-> the generator of a batch, and the rows (B,) of the domain that it has drawn."""
         rng, count = np.random.default_rng((self.seed, step)), len(self.splits[domain])
         return rng, rng.choice(count, self.batch_size, replace=count < self.batch_size)
 
     def files(self, step: int, domain: str) -> list[str]:
         """The paths of a batch, or the names of images in memory."""
-        split, positions = self.splits[domain], enumerate(self._rows(step, domain)[1])
+        split, positions = self.splits[domain], enumerate(self.rows(step, domain)[1])
         rows = [self._usable(domain, row, (self.seed, step, i))[0] for i, row in positions]
         return [split.path(i) for i in rows]
 

@@ -7,6 +7,7 @@
 
     open_sets(benchmark, split, size)    -> {domain: TestSet}: query and index images
     embed(network, images, ...)          -> (N, D) float32, the network's output for each image
+    embed_features(network, features, ...)  -> the same, from the outputs of the backbone
     evaluate(model, sets, ...)           -> {"mean": ..., "domains": ...}, as in the JSON file
     retrieve({domain: embeddings}, ...)  -> {domain: Found}: what each query found
     table({name: results})               -> the results of one or several systems as text
@@ -126,21 +127,33 @@ def embed(
         for batch in images.batches(EMBED_BATCH, min(data.processors(), 8), share)
     ]
     vectors = torch.cat(list(itertools.chain(*distributed.collected(vectors))))
-    share_bad_rows(images.split)
-    if not vectors.isfinite().all():
-        raise data.InputError(
-            f"embeddings of domain {images.split.domain}, split {images.split.name}, are not "
-            "finite: the weights have diverged, train with lower learning rates"
-        )
+    data.share_bad_rows(images.split)
+    check_finite(vectors, images.split)
     return vectors
 
 
-def share_bad_rows(split: data.Split) -> None:
-    """Tells all processes of the images that any has found unreadable. Raises data.InputError if
-    together they are too many."""
-    for bad_rows in distributed.collected(dict(split.bad_rows)):
-        for row in bad_rows.keys() - split.bad_rows.keys():
-            split.skip(row, data.InputError(bad_rows[row]))
+@torch.inference_mode()
+def embed_features(
+    network: Callable[[torch.Tensor], torch.Tensor],
+    features: torch.Tensor,
+    split: data.Split,
+    device: str | torch.device,
+) -> torch.Tensor:
+    """`embed` of images whose features (N, D), the outputs of the backbone, are known: in the same
+    batches, so that the embeddings are the same bit for bit."""
+    batches = features.split(EMBED_BATCH)
+    vectors = torch.cat([network(batch.to(device)).float().cpu() for batch in batches])
+    check_finite(vectors, split)
+    return vectors
+
+
+def check_finite(vectors: torch.Tensor, split: data.Split) -> None:
+    """Raises data.InputError unless all embeddings of a split are finite."""
+    if not vectors.isfinite().all():
+        raise data.InputError(
+            f"embeddings of domain {split.domain}, split {split.name}, are not finite: the weights "
+            "have diverged, train with lower learning rates"
+        )
 
 
 def digests(sets: dict[str, TestSet]) -> dict[str, str]:
@@ -168,12 +181,15 @@ def evaluate(
     *,
     index: str = "merged",
     embedding: str = "student",
+    features: dict[data.TestImages, torch.Tensor] | None = None,
 ) -> dict:
     """The results of a model as plain values: {"mean": {...}, "domains": {name: {...}}}.
 
     index      "merged": the images of all domains; "separate": each domain's own
     embedding  "student", "backbone", or "teacher": each domain by its own teacher, whose embedding
                spaces cannot be merged
+    features   {images: (N, D)}: outputs of a backbone that is frozen between several calls, which
+               are used in place of the images, and added where they are missing
     Raises ValueError for other values and for "teacher" with "merged".
     """
     choices = {"index": ("merged", "separate"), "embedding": ("student", "backbone", "teacher")}
@@ -182,22 +198,32 @@ def evaluate(
             raise ValueError(f"{name} is {value!r}: use one of {', '.join(choices[name])}")
     if (index, embedding) == ("merged", "teacher"):
         raise ValueError("embedding is 'teacher' with index 'merged': use index 'separate'")
-    return summary(retrieve(embed_sets(model, sets, preprocessing, embedding), index))
+    embedded = embed_sets(model, sets, preprocessing, embedding, features)
+    return summary(retrieve(embedded, index))
 
 
 def embed_sets(
-    model: nn.Module, sets: dict[str, TestSet], preprocessing: dict, embedding: str
+    model: nn.Module,
+    sets: dict[str, TestSet],
+    preprocessing: dict,
+    embedding: str,
+    features: dict[data.TestImages, torch.Tensor] | None = None,
 ) -> dict[str, tuple[Embedded, Embedded]]:
-    """The embeddings of the queries and the index of each domain."""
+    """The embeddings of the queries and the index of each domain; features as in `evaluate`."""
     model.eval()
     device = next(model.parameters()).device
     embedded = {}
     for domain, images in sets.items():
         network = network_of(model, embedding, domain)
-        parts = {
-            part: usable(embed(network, part, preprocessing, device), part)
-            for part in dict.fromkeys(images)
-        }
+        parts = {}
+        for part in dict.fromkeys(images):
+            if features is None:
+                vectors = embed(network, part, preprocessing, device)
+            else:
+                if part not in features:
+                    features[part] = embed(model.backbone, part, preprocessing, device)
+                vectors = embed_features(network, features[part], part.split, device)
+            parts[part] = usable(vectors, part)
         embedded[domain] = tuple(map(parts.get, images))
     return embedded
 

@@ -404,7 +404,8 @@ class UDON(nn.Module):
         )
 
     def forward(self, images: Tensor, domain: str) -> Outputs:
-        """images (B, 3, H, W), all of `domain`. Raises ValueError for an unknown domain."""
+        """images (B, 3, H, W), all of `domain`, or the backbone's outputs (B, D) for them, where
+        these are known. Raises ValueError for an unknown domain."""
         if domain not in self.student_classifiers:
             raise ValueError(
                 f"domain {domain!r} is unknown to the model: use one of "
@@ -420,7 +421,10 @@ class UDON(nn.Module):
         return Outputs(backbone, student, teacher, student_cosines, teacher_cosines)
 
     def embed_backbone(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D) unit rows, the input of every head."""
+        """(B, 3, H, W), or the backbone's outputs (B, D) for them -> (B, D) unit rows, the input of
+        every head."""
+        if images.ndim == 2:
+            return F.normalize(images, dim=1)
         if self.precision is None or not self.training:
             return F.normalize(self.backbone(images), dim=1)
         with torch.autocast(images.device.type, self.precision):
@@ -428,5 +432,6 @@ class UDON(nn.Module):
         return F.normalize(features.float(), dim=1)
 
     def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, S) unit rows, the universal embedding; all that inference needs."""
+        """(B, 3, H, W), or the backbone's outputs (B, D) -> (B, S) unit rows, the universal
+        embedding; all that inference needs."""
         return self.student_head(self.embed_backbone(images))

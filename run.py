@@ -52,6 +52,7 @@ class Run:
     teachers: Callable | None = None  # frozen ones, for the method `distill`
     average: UDON | None = None  # the running mean of the model's weights, with --ema
     class_names: dict = field(default_factory=dict)  # {domain: the names of its training classes}
+    features: dict | None = None  # of test images, with --freeze-backbone: see evaluate.evaluate
     gradients: GradientSum = field(default_factory=lambda: GradientSum(()))
     step: int = 0  # steps done
     validated: int | None = None  # step of the last validation
@@ -69,6 +70,8 @@ class Run:
 
     @property
     def frozen_steps(self) -> int:
+        if self.config.freeze_backbone:
+            return self.steps
         return int(self.config.frozen_epochs * self.steps_per_epoch)
 
     @property
@@ -79,6 +82,14 @@ class Run:
     def evaluated(self) -> UDON:
         """The model that is validated and kept in best.pt."""
         return self.model if self.average is None else self.average
+
+    def inputs(self, batch: torch.Tensor) -> torch.Tensor:
+        """What the model takes, float32 on the device: images (B, 3, H, W) uint8, normalised with
+        the statistics of the backbone; or, with --freeze-backbone, its features (B, D) of them."""
+        batch = batch.to(self.device, non_blocking=True)
+        if self.config.freeze_backbone:
+            return batch.float()
+        return data.normalise(batch, self.preprocessing["mean"], self.preprocessing["std"])
 
     def contents(self) -> dict:
         """What best.pt holds."""
@@ -463,6 +474,7 @@ def build_run(
         *(config, model, architecture, preprocessing, optimizer, sampler, device),
         *(steps_per_epoch, digests, teachers, average),
         {domain: split.class_names for domain, split in splits.items()},
+        features={} if config.freeze_backbone else None,
     )
     if state is not None:
         run.restore(contents)
@@ -486,7 +498,9 @@ def describe(run, splits):
         )
     if run.device.startswith("cuda") and config.precision == "fp32":
         print("note: products are computed in TF32 in training, in float32 in validation and test")
-    if 0 < run.steps <= run.frozen_steps:
+    if config.freeze_backbone:
+        print("note: the backbone is not trained: --backbone-lr and --frozen-epochs have no effect")
+    elif 0 < run.steps <= run.frozen_steps:
         print(
             f"note: the backbone is not trained: it is frozen for the first {run.frozen_steps:,} "
             f"steps, and the run has {run.steps:,} (--frozen-epochs)"

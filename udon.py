@@ -34,6 +34,7 @@ import config as options
 import data
 import distributed
 import evaluate
+import features
 import pretrained
 import rundir
 from checkpoint import CheckpointError
@@ -190,8 +191,8 @@ def training_step(run: Run, batches: Iterator) -> tuple[str, Losses, float]:
     waited = time.perf_counter() - started
 
     # 2. Images (B, 3, H, W) uint8 to the device, normalised with the statistics of the backbone.
-    mean, std = run.preprocessing["mean"], run.preprocessing["std"]
-    images = data.normalise(images.to(run.device, non_blocking=True), mean, std)
+    #    With --freeze-backbone features (B, D), which take the place of the images in the model.
+    images = run.inputs(images)
     labels = labels.to(run.device, non_blocking=True)
 
     # 3. The learning rates of this step; a frozen backbone needs no gradient.
@@ -348,20 +349,13 @@ def train_one(
     describe(run, splits)
     size = run.architecture["backbone"]["image_size"]
     open_sets = functools.partial(evaluate.open_sets, benchmark, antialias=config.antialias)
-    test_sets, val_sets = open_sets("test", size), open_sets("val", size, keep=True)
+    repeated = not config.freeze_backbone  # whether images are decoded more than once
+    test_sets, val_sets = open_sets("test", size), open_sets("val", size, keep=repeated)
     same = {f"the digest of the train images of {d}": text[:16] for d, text in run.digests.items()}
     same |= evaluate.digests(val_sets) | evaluate.digests(test_sets) | {"the step": run.step}
     distributed.require_same(same)
     evaluate.check_validation(val_sets)
-    batches = data.TrainBatches(
-        splits,
-        size,
-        config.batch_size,
-        config.seed,
-        antialias=config.antialias,
-        min_area=config.min_area,
-        share=distributed.share(config.batch_size),
-    )
+    batches = image_batches(config, splits, size, repeated)
     for note in benchmark.notes:
         print(f"note: {note}")
     if resume:
@@ -375,16 +369,16 @@ def train_one(
         metrics = rundir.MetricsLog(run.out / "metrics.jsonl", state and state[1]["metrics"])
     else:
         metrics = rundir.MetricsLog(Path(os.devnull))
-    workers = 0 if batches.in_memory else config.workers
-    print(f"training images decoded {f'by {workers} processes' if workers else 'in memory'}")
-    stream = data.stream(batches, run.sampler, run.step, run.steps, workers)
-    with contextlib.closing(metrics), contextlib.closing(stream):  # ends the processes, too
+    with contextlib.closing(metrics):
         run.save(metrics)
         if distributed.rank() == 0:
             write_config(config)
             (run.out / "stopped.json").unlink(missing_ok=True)
         with products("high"):
-            fit(run, batches, stream, val_sets, metrics, interruption)
+            if config.freeze_backbone and run.step < run.steps:
+                batches = feature_batches(run, batches, interruption)
+            with contextlib.closing(open_stream(run, batches)) as stream:  # ends the processes, too
+                fit(run, batches, stream, val_sets, metrics, interruption)
         results = finish(run, test_sets, metrics)
     skipped = benchmark.skipped
     if skipped and distributed.rank() == 0:
@@ -395,6 +389,35 @@ def train_one(
 
 def write_config(config: Config) -> None:
     checkpoint.write_json(Path(config.out) / "config.json", dataclasses.asdict(config))
+
+
+def image_batches(config, splits, size, keep) -> data.TrainBatches:
+    """The training batches of images; with `keep`, these stay in memory where they fit."""
+    return data.TrainBatches(
+        *(splits, size, config.batch_size, config.seed),
+        antialias=config.antialias,
+        min_area=config.min_area,
+        share=distributed.share(config.batch_size),
+        keep=keep,
+    )
+
+
+def feature_batches(run, images, interruption) -> features.FeatureBatches:
+    """The training batches as features of the frozen backbone, which are computed where they are
+    missing; the runs of --compare share them."""
+    config, directory = run.config, interruption.out / "features"
+    settings = (config.views, run.preprocessing, config.workers, interruption)
+    return features.FeatureBatches(
+        images, features.computed(directory, run.model, images, *settings)
+    )
+
+
+def open_stream(run, batches) -> Iterator:
+    """The batches of all steps to come."""
+    workers = 0 if batches.in_memory else run.config.workers
+    if not run.config.freeze_backbone:
+        print(f"training images decoded {f'by {workers} processes' if workers else 'in memory'}")
+    return data.stream(batches, run.sampler, run.step, run.steps, workers)
 
 
 def fit(run: Run, batches: data.TrainBatches, stream, val_sets, metrics, interruption) -> None:
@@ -408,7 +431,7 @@ def fit(run: Run, batches: data.TrainBatches, stream, val_sets, metrics, interru
             if interruption.requested:
                 interruption.stop()
             for split in batches.splits.values():
-                evaluate.share_bad_rows(split)
+                data.share_bad_rows(split)
             validate(run, val_sets, metrics)
             run.save(metrics)
         interruption.polled = True
@@ -496,7 +519,10 @@ def validate(run, val_sets, metrics):
 def test(run, sets, embedding):
     with products("highest"):
         return evaluate.evaluate(
-            run.evaluated, sets, run.preprocessing, index=run.config.index, embedding=embedding
+            *(run.evaluated, sets, run.preprocessing),
+            index=run.config.index,
+            embedding=embedding,
+            features=run.features,
         )
 
 
@@ -577,7 +603,7 @@ def command_line():
 USER_ERRORS = (
     distributed.DistributedError,
     *(ConfigError, data.InputError, CheckpointError),
-    *(pretrained.WeightsError, rundir.RunError),
+    *(pretrained.WeightsError, rundir.RunError, features.FeaturesError),
 )
 
 

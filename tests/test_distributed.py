@@ -523,11 +523,11 @@ def test_skipped_images_of_all_ranks_count_together(monkeypatch):
     split = data.Split("birds", "train", labels, paths=paths, folder="", on_bad_image="skip")
     split.skip(3, data.InputError("3.jpg is damaged"))
     monkeypatch.setattr(distributed, "collected", lambda rows: [rows, {3: "damaged"}])
-    evaluate.share_bad_rows(split)
+    data.share_bad_rows(split)
     assert list(split.bad_rows) == [3]
     monkeypatch.setattr(distributed, "collected", lambda rows: [rows, {7: "damaged"}])
     with pytest.raises(data.InputError, match="2 of 100 images of domain birds"):
-        evaluate.share_bad_rows(split)
+        data.share_bad_rows(split)
 
 
 # Restarts -----------------------------------------------------------------------------------------
