@@ -3,6 +3,7 @@
     read_manifest(file, folder, single)    -> Entries: the paths and labels of a split
     read_class_folders(folder, domain)     -> ClassFolders: the Entries of all splits
     images_below(folder, child, ignored)   -> the paths of all images in a directory tree
+    list_pictures(folder)                  -> Listing: all pictures of a directory, for search.py
     look_up(entries)                       -> Files: what the paths name on disk
 
 Names beginning with "." and __MACOSX are skipped. Paths are str as of os.fsdecode, so that any
@@ -11,6 +12,7 @@ Copy with: images, torch, numpy, pillow.
 """
 
 import collections
+import functools
 import json
 import os
 import zlib
@@ -253,6 +255,74 @@ def by_suffix(paths: list[str]) -> str:
     text = ", ".join(f"{count:,} {suffix}" for suffix, count in counts[:10])
     rest = sum(count for _, count in counts[10:])
     return text + (f", {rest:,} others" if rest else "")
+
+
+# Any directory -----------------------------------------------------------------------------------
+
+
+class Listing(NamedTuple):
+    """Pictures in the order of their paths; a domain or class is "" where there is none."""
+
+    paths: list[str]  # below the directory
+    domains: list[str]
+    classes: list[str]
+    note: str = ""  # what was ignored
+
+
+def list_pictures(folder: str | os.PathLike) -> Listing:
+    """The pictures of a directory, at any depth, with their domains and classes.
+
+    In the UnED layout, these are those of the manifests. Otherwise, a folder in the directory that
+    holds pictures itself is a class; one that holds folders alone is a domain, and these are its
+    classes. Deeper folders are passed over, and so are split folders: train, val and test in the
+    directory, or in a domain. Raises InputError for a directory without pictures.
+    """
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder} is no directory: give one with pictures")
+    if os.path.isdir(os.path.join(folder, "info_files")):
+        return _manifest_pictures(Path(folder))
+    ignored = []
+    paths = images_below(folder, "", ignored)
+    if not paths:
+        raise InputError(f"{folder} holds no picture: pictures end in {', '.join(SUFFIXES)}")
+    places = [path.split(os.sep)[:-1] for path in paths]
+    classes = {place[0] for place in places if len(place) == 1}
+
+    @functools.cache
+    def has_splits(child):
+        try:
+            return bool(split_folders(Path(folder, child)))
+        except InputError:  # beside other folders, these are names like any
+            return False
+
+    def labels(place):
+        if has_splits(""):
+            return "", "".join(place[1:2])
+        if not place:
+            return "", ""
+        if has_splits(place[0]):
+            return place[0], "".join(place[2:3])
+        return ("", place[0]) if place[0] in classes else (place[0], place[1])
+
+    note = f"ignored {by_suffix(ignored)}" if ignored else ""
+    return Listing(paths, *map(list, zip(*map(labels, places))), note)
+
+
+def _manifest_pictures(root):
+    """The Listing of all manifests; a picture in several of them has the labels of the first."""
+    found = {}
+    for domain in visible_directories(root / "info_files"):
+        for name in visible_files(root / "info_files" / domain):
+            if name.endswith(".json"):
+                file = root / "info_files" / domain / name
+                entries = read_manifest(file, str(root / "images"), single=False)
+                for path, labels in zip(look_up(entries).paths, entries.labels):
+                    path = os.path.normpath(os.path.join("images", path))
+                    found.setdefault(path, (domain, "/".join(map(str, labels))))
+    if not found:
+        raise InputError(f"{root / 'info_files'} lists no picture: add <domain>/<split>.json")
+    paths = sorted(found)
+    return Listing(paths, *map(list, zip(*map(found.get, paths))))
 
 
 # Which files the paths name -----------------------------------------------------------------------

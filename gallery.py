@@ -195,10 +195,10 @@ def name_of(split, row) -> str:
     return f"{split.domain}, class {class_text(split, row)}"
 
 
-def thumbnail(image: Image.Image) -> str:
-    """The data URI of an image at a longer side of at most SIDE pixels."""
+def thumbnail(image: Image.Image, side: int = SIDE) -> str:
+    """The data URI of an image at a longer side of at most `side` pixels."""
     image, file = image.copy(), io.BytesIO()
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((side, side))
     image.save(file, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 

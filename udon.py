@@ -561,6 +561,8 @@ def finish(run: Run, test_sets: dict, metrics: rundir.MetricsLog) -> dict:
         )
     arguments = [str(best), *(["--data", config.data] if config.data else [])]
     if own is None:
+        run_name = shlex.quote(str(run.out))
+        print(f"search pictures: python search.py embed {run_name} DIR --out photos.npz")
         print(f"evaluate again: python evaluate.py {shlex.join(arguments)}")
     return results
 
@@ -576,6 +578,7 @@ def command_line():
         remedies={
             **dict.fromkeys(("eval", "evaluate", "test", "val"), evaluation),
             **dict.fromkeys(("search", "find", "embed"), "search with python search.py"),
+            "export": "export with python checkpoint.py export RUN student.pt",
             "resume": "resume with python udon.py train --out DIR --resume",
             "check": "check a data directory with python data.py check DIR",
             "plot": "plot with python plot.py RUN",

@@ -31,6 +31,8 @@ IMPORTS = {  # of our own files; a file may import no others
     "metrics": "kernels",
     "rundir": "checkpoint distributed model",
     "gallery": "data",
+    "search": "checkpoint data folders gallery images kernels",
+    "hubconf": "search",
     "vectors": "folders images",
     "evaluate": "checkpoint data distributed gallery kernels metrics vectors",
     "features": "checkpoint data distributed model",
