@@ -263,7 +263,8 @@ def by_suffix(paths: list[str]) -> str:
 class Listing(NamedTuple):
     """Pictures in the order of their paths; a domain or class is "" where there is none."""
 
-    paths: list[str]  # below the directory
+    folder: str
+    paths: list[str]  # below folder
     domains: list[str]
     classes: list[str]
     note: str = ""  # what was ignored
@@ -272,10 +273,11 @@ class Listing(NamedTuple):
 def list_pictures(folder: str | os.PathLike) -> Listing:
     """The pictures of a directory, at any depth, with their domains and classes.
 
-    In the UnED layout, these are those of the manifests. Otherwise, a folder in the directory that
-    holds pictures itself is a class; one that holds folders alone is a domain, and these are its
-    classes. Deeper folders are passed over, and so are split folders: train, val and test in the
-    directory, or in a domain. Raises InputError for a directory without pictures.
+    In the UnED layout, these and the paths below images/ are those of the manifests. Otherwise, a
+    folder in the directory that holds pictures itself is a class; one that holds folders alone is a
+    domain, and these are its classes. Deeper folders are passed over, and so are split folders:
+    train, val and test in the directory, or in a domain. Raises InputError for a directory without
+    pictures.
     """
     if not os.path.isdir(folder):
         raise InputError(f"{folder} is no directory: give one with pictures")
@@ -305,24 +307,24 @@ def list_pictures(folder: str | os.PathLike) -> Listing:
         return ("", place[0]) if place[0] in classes else (place[0], place[1])
 
     note = f"ignored {by_suffix(ignored)}" if ignored else ""
-    return Listing(paths, *map(list, zip(*map(labels, places))), note)
+    return Listing(str(folder), paths, *map(list, zip(*map(labels, places))), note)
 
 
 def _manifest_pictures(root):
     """The Listing of all manifests; a picture in several of them has the labels of the first."""
-    found = {}
+    folder, found = str(root / "images"), {}
     for domain in visible_directories(root / "info_files"):
         for name in visible_files(root / "info_files" / domain):
             if name.endswith(".json"):
                 file = root / "info_files" / domain / name
-                entries = read_manifest(file, str(root / "images"), single=False)
+                entries = read_manifest(file, folder, single=False)
                 for path, labels in zip(look_up(entries).paths, entries.labels):
-                    path = os.path.normpath(os.path.join("images", path))
-                    found.setdefault(path, (domain, "/".join(map(str, labels))))
+                    names = domain, "/".join(map(str, labels))
+                    found.setdefault(os.path.normpath(path), names)
     if not found:
         raise InputError(f"{root / 'info_files'} lists no picture: add <domain>/<split>.json")
     paths = sorted(found)
-    return Listing(paths, *map(list, zip(*map(found.get, paths))))
+    return Listing(folder, paths, *map(list, zip(*map(found.get, paths))))
 
 
 # Which files the paths name -----------------------------------------------------------------------

@@ -13,12 +13,14 @@ CKPT is a run, a checkpoint or an exported student: weights/student.pt before yo
 PHOTO is a file or a directory. Where the index holds a photo's own file, under any name, that is
 left out of its result.
 
-Domains and classes of the pictures in DIR: see folders.list_pictures.
+A folder of pictures in DIR is a class, a folder of such folders a domain; a DIR in the UnED layout
+has the domains and classes of its manifests (details: folders.list_pictures).
 
-photos.npz, for numpy.load: `vectors` (N, S) float32 unit rows; `paths` below DIR, `domains` and
-`classes`, (N,) bytes, which os.fsdecode turns into text, empty where there is none; `about`, JSON
-with "folder", "checkpoint", "digest" of the student and its preprocessing, "preprocessing" and
-"image_size". The search is exact. For an approximate one, hand the vectors to faiss:
+photos.npz, for numpy.load: `vectors` (N, S) float32 unit rows; `paths` below the folder, `domains`
+and `classes`, (N,) bytes, which os.fsdecode turns into text, empty where there is none; `about`,
+JSON with "folder", which is DIR, or DIR/images in the UnED layout, "checkpoint", "digest" of the
+student and its preprocessing, "preprocessing" and "image_size". evaluate.py --embeddings reads it,
+too. The search is exact. For an approximate one, hand the vectors to faiss:
 
     vectors = numpy.load("photos.npz")["vectors"]
     index = faiss.index_factory(vectors.shape[1], "HNSW32", faiss.METRIC_INNER_PRODUCT)
@@ -182,13 +184,14 @@ class Index(NamedTuple):
 
 def embed(options: argparse.Namespace) -> None:
     """Writes the index of a directory; pictures embedded before an interruption are kept."""
-    out, folder = Path(options.out), os.path.realpath(options.directory)
+    out = Path(options.out)
     if not out.absolute().parent.is_dir() or (out.exists() and not is_index(out)):
         raise InputError(
             f"--out {out} must be a new file, or an index to replace, in a directory that exists"
         )
     embedder = Embedder(options.checkpoint, options.device)
     listing = list_pictures(options.directory)
+    folder = os.path.realpath(listing.folder)
     if listing.note:
         print(f"note: {listing.note}")
     parts = Path(f"{out}.parts")
@@ -207,8 +210,8 @@ def embed(options: argparse.Namespace) -> None:
     about = {"folder": folder, "checkpoint": str(embedder.path), "digest": embedder.digest}
     about |= {"preprocessing": embedder.preprocessing, "image_size": embedder.size}
     names = {
-        name: np.array([os.fsencode(values[row]) for row in kept])
-        for name, values in zip(("paths", "domains", "classes"), listing)
+        name: np.array([os.fsencode(getattr(listing, name)[row]) for row in kept])
+        for name in Index._fields[1:4]
     }
     vectors = np.concatenate(vectors)[kept]
     with checkpoint.replacing(out) as partial, open(partial, "wb") as file:
@@ -397,7 +400,8 @@ def neighbours_of(options: argparse.Namespace, with_classes: bool = False):
 def photos_of(arguments):
     for argument in arguments:
         if os.path.isdir(argument):
-            yield from (os.path.join(argument, path) for path in list_pictures(argument).paths)
+            listing = list_pictures(argument)
+            yield from (os.path.join(listing.folder, path) for path in listing.paths)
         else:
             yield argument
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import checkpoint
+import evaluate
 import folders
 import images
 import search
@@ -212,7 +213,10 @@ def test_domains_and_classes(tmp_path, name):
 def test_other_files_are_noted_and_hidden_ones_are_not(tmp_path):
     write(tmp_path, ["a/1.png", ".thumbs/1.png", "__MACOSX/1.png", "a/.2.png"])
     (tmp_path / "a" / "3.heic").write_bytes(b"")
-    assert folders.list_pictures(tmp_path) == (["a/1.png"], [""], ["a"], "ignored 1 .heic")
+    assert folders.list_pictures(tmp_path) == (
+        *(str(tmp_path), ["a/1.png"], [""], ["a"]),
+        "ignored 1 .heic",
+    )
 
 
 def test_the_uned_layout(uned):
@@ -223,9 +227,10 @@ def test_the_uned_layout(uned):
         for entry in json.loads(file.read_text()):
             ids = entry["class_id"]
             text = "/".join(map(str, ids)) if isinstance(ids, list) else str(ids)
-            entries[f"images/{entry['path']}"] = (file.parent.name, text)
+            entries[entry["path"]] = (file.parent.name, text)
     assert dict(zip(listing.paths, zip(listing.domains, listing.classes))) == entries
     assert listing.paths == sorted(entries) and "8/99" in listing.classes
+    assert listing.folder == str(uned / "images")
 
 
 # The index ----------------------------------------------------------------------------------------
@@ -675,6 +680,16 @@ def test_the_lines_for_faiss(student_run, index, album, tmp_path, monkeypatch):
     expected = brute_force(index, search.Embedder(student_run, "cpu").embed("photo.jpg")[0])[:10]
     assert names["rows"][0].tolist() == [row for _, row in expected]
     assert np.abs(names["similarities"][0] - [cosine for cosine, _ in expected]).max() < 1e-5
+
+
+def test_an_index_is_evaluated_as_its_student(student_run, uned, tmp_path):
+    index, results = tmp_path / "photos.npz", []
+    run("embed", student_run, uned, "--out", index)
+    for number, source in enumerate(([student_run], ["--embeddings", index])):
+        target = tmp_path / f"{number}.json"
+        evaluate.main([*map(str, [*source, "--data", uned, "--json", target])])
+        results.append(json.loads(target.read_text())["domains"])
+    assert results[0] == results[1]
 
 
 def test_help(capsys):
