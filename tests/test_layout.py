@@ -170,6 +170,21 @@ def test_the_readme_stays_short_and_names_existing_files():
     assert rows and all((ROOT / name).exists() for name in rows), rows
 
 
+def test_links_to_functions_lead_to_their_lines():
+    """[`name`](file.py#L10): line 10 defines the function or class."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", text)
+    assert len(links) >= 5
+    wrong = {}
+    for name, file, line in links:
+        starts = [f"def {name}(", f"class {name}(", f"class {name}:"]
+        lines = [line.strip() for line in lines_of(ROOT / file)]
+        found = [i for i, code in enumerate(lines, 1) if code.startswith(tuple(starts))]
+        if int(line) not in found:
+            wrong[f"{file} {name}"] = f"L{line} in README.md, defined in line {found}"
+    assert not wrong, wrong
+
+
 # Packaging ----------------------------------------------------------------------------------------
 
 
