@@ -266,6 +266,15 @@ def read(path) -> dict:
     return contents
 
 
+def is_checkpoint(path: str | os.PathLike) -> bool:
+    """Whether a file ends with a digest, as `save` writes it; `read` finds out if it is damaged."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - 64))
+        return re.fullmatch(b"[0-9a-f]{64}", file.read()) is not None
+
+
 def summary(error: BaseException) -> str:
     """The first line of an error's message, or the error's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

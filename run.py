@@ -309,10 +309,44 @@ def load_initial_weights(backbone, config) -> pretrained.Preprocessing:
     return pretrained.Preprocessing(*pretrained.STATISTICS.get(config.init_statistics, own))
 
 
+def continue_heads(model: UDON, config: Config, splits: dict[str, data.Split]) -> list[str]:
+    """Fills the heads and classifiers that a checkpoint given as --init has, too, and says which
+    -> the names of their modules.
+
+    The student head and the teacher heads of the same domains are filled where their sizes are
+    equal, the classifiers where the domain has the same classes in the same order.
+    """
+    path = initial_weights(config)
+    if not checkpoint.is_checkpoint(path):
+        return []
+    contents = checkpoint.read(path)
+    names, filled = contents.get("class_names", {}), []
+    known = {domain for domain in splits if names.get(domain) == splits[domain].class_names}
+    groups = {"the student head": {"": model.student_head}, "teacher heads": model.teacher_heads}
+    for role in ("student", "teacher"):
+        classifiers = getattr(model, f"{role}_classifiers").items()
+        groups[f"{role} classifiers"] = {d: module for d, module in classifiers if d in known}
+    prefixes = {module: name for name, module in model.named_modules()}
+    texts = ["the backbone"]
+    for group, modules in groups.items():
+        domains = []
+        for domain, module in modules.items():
+            own = module.state_dict()
+            saved = {key: contents["model"].get(f"{prefixes[module]}.{key}") for key in own}
+            if all(saved[key] is not None and saved[key].shape == own[key].shape for key in own):
+                module.load_state_dict(saved)
+                filled.append(prefixes[module])
+                domains.append(domain)
+        if domains:
+            texts.append(f"{group} of {', '.join(domains)}" if domains[0] else group)
+    print(f"from {path}: {'; '.join(texts)}; all else is new")
+    return filled
+
+
 def initial_weights(config) -> str | Path:
-    """The file that --init names."""
+    """The file that --init names; of the directory of a run, best.pt."""
     if config.init != "compact":
-        return config.init
+        return best if (best := Path(config.init) / checkpoint.BEST).is_file() else config.init
     if config.model not in pretrained.COMPACT:
         raise ConfigError(
             f"--init is compact with --model {config.model}: compact weights exist for "
@@ -443,6 +477,8 @@ def build_run(
     digests = {domain: split.digest() for domain, split in splits.items()}
     if state is None:
         model, architecture, preprocessing = build_model(config, classes, backbone)
+        if backbone is None:
+            continue_heads(model, config, splits)
     else:
         model, contents = state
         options.check_same(config, Config(**contents["config"]), f"{config.out}/last.pt")

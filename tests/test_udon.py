@@ -561,6 +561,24 @@ def test_the_running_mean_is_what_is_evaluated(uned, tmp_path):
     assert means == result_of(tmp_path)["mean"]
 
 
+def test_a_trained_run_is_continued_with_its_heads(uned, tmp_path, capsys):
+    """On its data and with another domain; without a step, everything is as it was."""
+    train(uned, tmp_path / "first", "--steps 8 --domains birds --method udon-joint")
+    capsys.readouterr()
+    line = f"--steps 1 --head-lr 0 --backbone-lr 0 --method udon-joint --init {tmp_path / 'first'}"
+    train(uned, tmp_path / "more", line.replace("/first", "/first/best.pt"))
+    assert (
+        "best.pt: the backbone; the student head; teacher heads of birds; student classifiers of "
+        "birds; teacher classifiers of birds; all else is new"
+    ) in capsys.readouterr().out
+    first, more = (checkpoint.read(tmp_path / x / "best.pt")["model"] for x in ("first", "more"))
+    for name, weight in first.items():
+        assert torch.equal(more[name], weight), name
+    assert any("cars" in name for name in more)
+    train(uned, tmp_path / "narrow", f"{line} --student-dim 8 --teacher-dim 8")
+    assert "best.pt: the backbone; all else is new" in capsys.readouterr().out
+
+
 class Network(torch.nn.Module):
     """A backbone of one's own."""
 
