@@ -119,18 +119,23 @@ def test_evaluation_uses_the_embedding_and_index_of_the_method(uned, tmp_path):
     assert result["domains"] == json.loads((tmp_path / "run" / "test.json").read_text())["domains"]
 
 
-def test_the_readmes_snippet(trained, uned):
-    """It gives the embedding that evaluation gives the same image."""
+def test_the_readmes_snippet(trained, uned, tmp_path, monkeypatch, capsys):
+    """It embeds a picture as evaluation does, and trains a backbone of one's own."""
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     picture = uned / "images" / "birds" / "test" / "8_0.png"
-    names = {}
-    exec(code.replace("runs/real", str(trained[0])).replace("picture.jpg", str(picture)), names)
-    embedding = torch.as_tensor(names["embedding"])
-    assert embedding.shape == (1, 64) and abs(embedding.norm().item() - 1) < 1e-6
+    places = {"runs/real": trained[0], "picture.jpg": picture, "DIR": uned}
+    for place, value in places.items():
+        code = code.replace(f'"{place}"', f'"{value}"')
+    code = code.replace("frozen_epochs=0.0", "frozen_epochs=0.0, batch_size=4, steps=3, period=4")
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "snippet"}
+    exec(code, names)
     model, contents = checkpoint.load(trained[0] / "best.pt")
     images = data.TestImages(data.Benchmark(uned).split("birds", "test"), 32)
     expected = evaluate.embed(model.embed, images, contents["preprocessing"], "cpu")[:1]
-    assert torch.allclose(embedding, expected, atol=1e-5)
+    assert torch.allclose(torch.as_tensor(names["vectors"]), expected, atol=1e-5)
+    assert names["model"].embed(torch.zeros(2, 3, 48, 48)).shape == (2, 64)
+    assert "the backbone is the module snippet.Backbone" in capsys.readouterr().out
 
 
 def test_class_folders_are_trained_on(class_folders, tmp_path):
