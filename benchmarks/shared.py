@@ -2,15 +2,22 @@
 
     positive(text), natural(text) -> int; output(text) -> Path     types of options, for argparse
     processor(), machine(device) -> str
+    versions(packages, extra)                       of installed packages
+    pin(core)                                       keeps this process on one core and one thread
+    recorded(path, module)                          what a benchmark has written
     fill(path, name, table)                         writes a table between its marks in a file
-Copy with: torch for machine().
+Copy with: images; torch for machine() and pin().
 """
 
 import argparse
+import importlib.metadata
+import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from images import InputError
 
 
 def positive(text: str, least: int = 1) -> int:
@@ -53,16 +60,51 @@ def machine(device: str) -> str:
     return f"{name}, {threads}, torch {torch.__version__}"
 
 
+def versions(packages: Iterable[str], extra: str) -> dict[str, str]:
+    """{package: version}. Raises InputError, which names the extra, if one is not installed."""
+    try:
+        return {name: importlib.metadata.version(name) for name in packages}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise InputError(
+            f"{error.name} is not installed, but is measured here: run pip install -e '.[{extra}]'"
+        ) from None
+
+
+def pin(core: int | None) -> None:
+    """Keeps this process on one core of those that it may use, the last by default, and torch on
+    one thread. Raises InputError for a core that it may not use."""
+    import torch
+
+    if hasattr(os, "sched_setaffinity"):
+        cores = os.sched_getaffinity(0)
+        if core is not None and core not in cores:
+            raise InputError(f"--core is {core}: use one of {', '.join(map(str, cores))}")
+        os.sched_setaffinity(0, {max(cores) if core is None else core})
+    torch.set_num_threads(1)
+
+
+def recorded(path: Path, module: str, keys: Iterable[str]) -> dict:
+    """What `python -m benchmarks.module` has written. Raises InputError for another file."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return {key: result[key] for key in keys}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is not a result of {module}.py ({type(error).__name__}: {error}): write it "
+            f"with python -m benchmarks.{module}"
+        ) from None
+
+
 def fill(path: Path, name: str, table: Callable[[], str]) -> None:
     """Writes the result of table() between <!-- name --> and <!-- end of name --> in a file.
 
-    Raises ValueError if the file lacks these lines.
+    Raises InputError if the file lacks these lines.
     """
     text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""
     before, begin, rest = text.partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- end of {name} -->")
     if not end:
-        raise ValueError(
+        raise InputError(
             f"{path} must be a file with the lines <!-- {name} --> and <!-- end of {name} -->: "
             "give one"
         )

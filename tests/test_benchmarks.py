@@ -17,6 +17,7 @@ import evaluate
 import udon
 from benchmarks import (
     ablation,
+    jax_step,
     principal_axes,
     procedural,
     shared,
@@ -111,6 +112,14 @@ BAD = {
         ("--out nowhere/x.json", "nowhere/x.json"),
         ("--device nonsense", "nonsense"),
     ),
+    jax_step: (
+        ("--rounds 0", "'0'"),
+        ("--domains nonsense", "'nonsense'"),
+        ("--core 1000000", "1000000"),
+        ("--out nowhere/x.json", "nowhere/x.json"),
+        ("--table topk.md", "jax_step.json"),
+        ("--table nowhere.md --out foreign.csv", "foreign.csv"),
+    ),
     topk_gpu: (
         ("--k 0", "'0'"),
         ("--k 9 --index 8", "--index 8"),
@@ -138,6 +147,7 @@ def directory(tmp_path, monkeypatch):
         (topk, "measure"),
         (uned_size, "synthetic"),
         (step_overhead, "stepper"),
+        (jax_step, "measure"),
         (principal_axes, "measure"),
         (ablation.Grid, "run"),
     ):

@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 import checkpoint
+import data
 import evaluate
 import flax_weights
 import model
 import pretrained
 import run
 import udon
+from benchmarks import jax_step
 from config import Config
 from timm_backbone import TimmBackbone, TimmError
 
@@ -736,3 +738,44 @@ def test_a_missing_msgpack_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "msgpack", None)
     with pytest.raises(pretrained.WeightsError, match=r"pip install -e '\.\[interop\]'"):
         flax_weights.load(tmp_path / "checkpoint_34")
+
+
+# The step in JAX ----------------------------------------------------------------------------------
+
+
+def test_the_step_in_jax_is_ours(monkeypatch):
+    """Losses and gradients; with flat tokens, the weights after steps in two domains."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    jax = pytest.importorskip("jax")
+    jax_udon = pytest.importorskip("benchmarks.jax_udon")
+    torch.manual_seed(0)
+    classes = {"cars": 7, "met": 40}
+    network = model.UDON(model.ViT(32, 16, 48, 1, 3), classes, student_dim=8, teacher_dim=12)
+    options = dict(image_size=32, batch_size=6, inactive_heads="zero", frozen_epochs=0.0)
+    ours = jax_step.new_run(network, Config(**options, backbone_lr=1e-3, weight_decay=1e-2))
+    theirs = jax_step.JaxRun(ours)
+    batches = {d: jax_step.random_batch(ours.config, count) for d, count in classes.items()}
+    pixels, labels = batches["cars"]
+    images = data.normalise(pixels, (0.5,) * 3, (0.5,) * 3)
+    arrays = images.permute(0, 2, 3, 1).numpy(), labels.numpy()
+    gradients_of = jax.jit(jax.grad(jax_udon.losses, has_aux=True), static_argnums=(3, 4))
+    gradients, losses = gradients_of(theirs.parameters, *arrays, "cars", 3)
+    expected = udon.compute_losses(network, images, labels, "cars")
+    expected.total.backward()
+    values = [value.item() for value in expected]
+    assert [value.item() for value in losses] == pytest.approx(values, rel=1e-5)
+    for name, gradient in jax_udon.to_torch(gradients).items():
+        own = network.get_parameter(name).grad
+        own = np.zeros_like(gradient) if own is None else own.numpy()
+        assert abs(gradient - own).max() <= 1e-5 * abs(own).max(), name
+    network.zero_grad()
+    for domain in 2 * list(classes):
+        values = udon.training_step(ours, iter([(domain, *batches[domain])]))[1]._asdict()
+        found = theirs.step("JAX, flat tokens", domain, batches[domain])
+        assert found == pytest.approx(values, rel=1e-4)
+    for name, weights in jax_udon.to_torch(theirs.parameters).items():
+        difference = abs(weights - network.get_parameter(name).detach().numpy())
+        if name.endswith("qkv.bias"):  # AdamW enlarges the gradient of keys' biases, which is 0
+            difference = difference[2 * len(difference) // 3 :]
+        assert difference.max() < 1e-4, name
