@@ -40,26 +40,31 @@ def classification_loss(
     Source: scale 16 and normface are the official setting. normface arXiv:1704.06369,
     cosface arXiv:1801.09414, arcface arXiv:1801.07698.
     """
-    _check_labels(labels, cosines)
-    cosines, labels = _at_least_float32(cosines), labels.long()
+    check_labels(labels, cosines.shape)
+    cosines, labels = at_least_float32(cosines), labels.long()
+    if kind != "normface" or margin:
+        true = cosines.gather(1, labels[:, None])  # (B, 1)
+        true = true_class_cosines(true, margin, kind)
+        cosines = cosines.scatter(1, labels[:, None], true)
+    return F.cross_entropy(scale * cosines, labels)
+
+
+def true_class_cosines(cosines: Tensor, margin: float, kind: str) -> Tensor:
+    """The true class's cosines after the margin, any shape; see classification_loss."""
     if kind == "normface":
         if margin:
             raise ValueError(
                 f"margin is {margin}, but normface has no margin: set it to 0, or use kind "
                 "'cosface' or 'arcface'"
             )
-        return F.cross_entropy(scale * cosines, labels)
-    true = cosines.gather(1, labels[:, None])  # (B, 1)
+        return cosines
     if kind == "cosface":
-        true = true - margin
-    elif kind == "arcface":
-        sine = _sine(true)
-        true = true * math.cos(margin) - sine * math.sin(margin)
-    else:
-        raise ValueError(
-            f"classification loss {kind!r} is unknown: use 'normface', 'cosface' or 'arcface'"
-        )
-    return F.cross_entropy(scale * cosines.scatter(1, labels[:, None], true), labels)
+        return cosines - margin
+    if kind == "arcface":
+        return cosines * math.cos(margin) - _sine(cosines) * math.sin(margin)
+    raise ValueError(
+        f"classification loss {kind!r} is unknown: use 'normface', 'cosface' or 'arcface'"
+    )
 
 
 def logit_distillation_loss(
@@ -76,13 +81,9 @@ def logit_distillation_loss(
     Gradient: to `student_cosines` only. Raises ValueError if the shapes differ.
     Source: paper section 3, official temperatures.
     """
-    if student_cosines.shape != teacher_cosines.shape:
-        raise ValueError(
-            f"student cosines have shape {tuple(student_cosines.shape)}, teacher cosines "
-            f"{tuple(teacher_cosines.shape)}: both must be (B, C) for the same images and classes"
-        )
-    student_logits = _at_least_float32(student_cosines) / student_temperature
-    teacher_logits = _at_least_float32(teacher_cosines).detach() / teacher_temperature
+    check_shapes(student_cosines.shape, teacher_cosines.shape)
+    student_logits = at_least_float32(student_cosines) / student_temperature
+    teacher_logits = at_least_float32(teacher_cosines).detach() / teacher_temperature
     student = F.log_softmax(student_logits, dim=1)  # (B, C)
     teacher = F.log_softmax(teacher_logits, dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
@@ -112,19 +113,19 @@ def relational_distillation_loss(
             f"there are {student.shape[0]} student and {teacher.shape[0]} teacher embeddings: "
             "both must be of the same images"
         )
-    student = F.normalize(_at_least_float32(student), dim=1)
-    teacher = F.normalize(_at_least_float32(teacher).detach(), dim=1)
+    student = F.normalize(at_least_float32(student), dim=1)
+    teacher = F.normalize(at_least_float32(teacher).detach(), dim=1)
     with torch.autocast(student.device.type, enabled=False):
         if whole is None:
             return scale * (student @ student.T - teacher @ teacher.T).square().mean()
-        students, teachers = (F.normalize(_at_least_float32(x).detach(), dim=1) for x in whole)
+        students, teachers = (F.normalize(at_least_float32(x).detach(), dim=1) for x in whole)
         differences = student @ students.T - teacher @ teachers.T  # (B, A)
         loss = scale * differences.square().sum() / students.shape[0] ** 2
         # Each pair is in two entries of the A x A matrix, of which only one has a gradient here.
         return loss + (loss - loss.detach())
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -135,18 +136,27 @@ def _sine(cosines: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
 
 
-def _check_labels(labels: Tensor, cosines: Tensor) -> None:
-    if cosines.ndim != 2 or labels.shape != cosines.shape[:1]:
+def check_shapes(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+    """Raises ValueError unless the cosines of student and teacher have the same shape."""
+    if student != teacher:
         raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, cosines {tuple(cosines.shape)}: "
+            f"student cosines have shape {tuple(student)}, teacher cosines {tuple(teacher)}: "
+            "both must be (B, C) for the same images and classes"
+        )
+
+
+def check_labels(labels: Tensor, shape: tuple[int, ...]) -> None:
+    if len(shape) != 2 or labels.shape != shape[:1]:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, cosines {tuple(shape)}: "
             "labels must be (B,), one class index an image, and cosines (B, C)"
         )
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels are {labels.dtype}: they must be integers, such as torch.int64")
     if labels.device.type == "cpu" and labels.numel():
         least, most = (value.item() for value in labels.long().aminmax())
-        if least < 0 or most >= cosines.shape[1]:
+        if least < 0 or most >= shape[1]:
             raise ValueError(
-                f"labels range from {least} to {most}: with {cosines.shape[1]} classes they must "
-                f"be in 0..{cosines.shape[1] - 1}"
+                f"labels range from {least} to {most}: with {shape[1]} classes they must "
+                f"be in 0..{shape[1] - 1}"
             )

@@ -406,6 +406,15 @@ class UDON(nn.Module):
     def forward(self, images: Tensor, domain: str) -> Outputs:
         """images (B, 3, H, W), all of `domain`, or the backbone's outputs (B, D) for them, where
         these are known. Raises ValueError for an unknown domain."""
+        backbone, student, teacher = self.embed_all(images, domain)
+        student_cosines = self.student_classifiers[domain](student)  # (B, C)
+        if teacher is None:
+            return Outputs(backbone, student, None, student_cosines, None)
+        teacher_cosines = self.teacher_classifiers[domain](teacher)  # (B, C)
+        return Outputs(backbone, student, teacher, student_cosines, teacher_cosines)
+
+    def embed_all(self, images: Tensor, domain: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The fields backbone, student and teacher of Outputs, without the cosines."""
         if domain not in self.student_classifiers:
             raise ValueError(
                 f"domain {domain!r} is unknown to the model: use one of "
@@ -413,12 +422,8 @@ class UDON(nn.Module):
             )
         backbone = self.embed_backbone(images)  # (B, D)
         student = self.student_head(backbone)  # (B, S)
-        student_cosines = self.student_classifiers[domain](student)  # (B, C)
-        if not self.teacher_heads:
-            return Outputs(backbone, student, None, student_cosines, None)
-        teacher = self.teacher_heads[domain](backbone)  # (B, T)
-        teacher_cosines = self.teacher_classifiers[domain](teacher)  # (B, C)
-        return Outputs(backbone, student, teacher, student_cosines, teacher_cosines)
+        teacher = self.teacher_heads[domain](backbone) if self.teacher_heads else None  # (B, T)
+        return backbone, student, teacher
 
     def embed_backbone(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), or the backbone's outputs (B, D) for them -> (B, D) unit rows, the input of

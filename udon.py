@@ -39,6 +39,7 @@ import pretrained
 import rundir
 from checkpoint import CheckpointError
 from config import Config, ConfigError
+from large_classes import LIMIT, large_class_losses
 from losses import classification_loss, logit_distillation_loss, relational_distillation_loss
 from model import UDON
 from run import (
@@ -131,29 +132,21 @@ def compute_losses(
     The other arguments: see losses.py. Raises ValueError for weights that are not four, are all 0,
     or need a teacher that the model does not have. Source: paper section 3.
     """
-    outputs = model(images, domain)  # backbone once, both heads, both classifiers
-    teacher, teacher_cosines = outputs.teacher, outputs.teacher_cosines
-    if teachers is not None:
-        teacher, teacher_cosines = teachers(images, domain)
-    check_weights(weights, outputs.teacher, teacher)
-    student, student_cosines = outputs.student, outputs.student_cosines
+    backbone, student, teacher = model.embed_all(images, domain)  # backbone once, both heads
+    target, target_cosines = (teacher, None) if teachers is None else teachers(images, domain)
+    check_weights(weights, teacher, target)
+    distilled = student
     if not distill_into_backbone and any(weights[2:]):  # the same values, but no gradient beyond
-        student = model.student_head(outputs.backbone.detach())
-        student_cosines = model.student_classifiers[domain](student)
+        distilled = model.student_head(backbone.detach())
 
-    settings = dict(scale=scale, margin=margin, kind=classification)
-    losses = [None] * 4
-    if weights[0] > 0:
-        losses[0] = classification_loss(outputs.teacher_cosines, labels, **settings)
-    if weights[1] > 0:
-        cosines = student_logit_cosines(model, outputs, domain, negatives, domain_margin)
-        losses[1] = classification_loss(cosines, labels, **settings)
-    if weights[2] > 0:  # this loss and the next detach the teacher
-        both = dict(student_temperature=temperature, teacher_temperature=temperature)
-        losses[2] = logit_distillation_loss(student_cosines, teacher_cosines, **both)
+    losses = class_losses(
+        *(model, domain, labels, weights, teacher, student, distilled, target_cosines),
+        *(temperature, negatives, domain_margin),
+        dict(scale=scale, margin=margin, kind=classification),
+    )
     if weights[3] > 0:
-        batch = dict(scale=relational_scale, whole=whole and whole(student, teacher))
-        losses[3] = relational_distillation_loss(student, teacher, **batch)
+        batch = dict(scale=relational_scale, whole=whole and whole(distilled, target))
+        losses[3] = relational_distillation_loss(distilled, target, **batch)
     if part < 1:
         losses[:3] = [None if loss is None else part * loss for loss in losses[:3]]
     total = sum(weight * loss for weight, loss in zip(weights, losses) if weight > 0)
@@ -168,17 +161,61 @@ def check_weights(weights, own_teacher, teacher):
         raise ValueError(f"weights are {weights}, but the model has no teachers: use (0, 1, 0, 0)")
 
 
-def student_logit_cosines(model, outputs, domain, negatives, domain_margin):
-    """(B, C) cosines of the student with the domain's classes, or (B, all classes): the domain's
-    own first, then those of the other domains, raised by the margin."""
-    if negatives == "domain":
-        return outputs.student_cosines
-    others = [
-        classifier(outputs.student) + domain_margin
-        for other, classifier in model.student_classifiers.items()
-        if other != domain
-    ]
-    return torch.cat([outputs.student_cosines, *others], dim=1)
+def class_losses(
+    model,
+    domain,
+    labels,
+    weights,
+    teacher,
+    student,
+    distilled,
+    target_cosines,
+    temperature,
+    negatives,
+    domain_margin,
+    settings,
+):
+    """The losses over classes, in the order of `Losses`, and None for the relational loss.
+
+    distilled       (B, S), equal to `student`: what logit distillation trains
+    target_cosines  (B, C) to distil from, or None for the teacher's
+    """
+    own = model.student_classifiers[domain]
+    others = [c for other, c in model.student_classifiers.items() if other != domain]
+    others = others if negatives == "all" else []
+    teacher_classifier = None if teacher is None else model.teacher_classifiers[domain]
+    losses = [None] * 4
+
+    if sum(classifier.out_features for classifier in (own, *others)) <= LIMIT:
+        teacher_cosines = None if teacher is None else teacher_classifier(teacher)
+        if weights[0] > 0:
+            losses[0] = classification_loss(teacher_cosines, labels, **settings)
+        if weights[1] > 0:
+            cosines = [own(student), *(other(student) + domain_margin for other in others)]
+            losses[1] = classification_loss(torch.cat(cosines, dim=1), labels, **settings)
+        if weights[2] > 0:  # detaches the teacher
+            cosines = teacher_cosines if target_cosines is None else target_cosines
+            both = dict(student_temperature=temperature, teacher_temperature=temperature)
+            losses[2] = logit_distillation_loss(own(distilled), cosines, **both)
+        return losses
+
+    # The same losses in chunks of classes, without matrices (B, C).
+    teacher_weight = None if teacher is None else teacher_classifier.weight
+    targets = (teacher, teacher_weight) if target_cosines is None else (target_cosines, None)
+    if weights[0] > 0:
+        losses[0], _ = large_class_losses(teacher, [teacher_weight], labels, **settings)
+    if weights[1] > 0 or weights[2] > 0:
+        losses[1], losses[2] = large_class_losses(
+            student,
+            [classifier.weight for classifier in (own, *others)],
+            labels if weights[1] > 0 else None,
+            distilled,
+            *(targets if weights[2] > 0 else ()),
+            temperature=temperature,
+            domain_margin=domain_margin,
+            **settings,
+        )
+    return losses
 
 
 def training_step(run: Run, batches: Iterator) -> tuple[str, Losses, float]:
@@ -262,9 +299,8 @@ def losses_and_gradients(run, images, labels, domain) -> Losses:
 @torch.no_grad()
 def embed_pair(run, images, domain):
     """The embeddings (B, S), (B, T) of the student and the teacher that it is distilled from."""
-    outputs = run.model(images, domain)
-    teacher = outputs.teacher if run.teachers is None else run.teachers(images, domain)[0]
-    return outputs.student, teacher
+    _, student, teacher = run.model.embed_all(images, domain)
+    return student, teacher if run.teachers is None else run.teachers(images, domain)[0]
 
 
 LOSS_OPTIONS = (

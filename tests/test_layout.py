@@ -26,6 +26,7 @@ IMPORTS = {  # of our own files; a file may import no others
     "sampler": "",
     "timm_backbone": "",
     "folders": "images",
+    "large_classes": "losses",
     "data": "distributed folders images procedural",
     "checkpoint": "export model timm_backbone",
     "metrics": "kernels",
@@ -38,8 +39,8 @@ IMPORTS = {  # of our own files; a file may import no others
     "features": "checkpoint data distributed model",
     "flax_weights": "checkpoint model pretrained timm_backbone",
     "run": "checkpoint config data distributed evaluate model pretrained rundir sampler",
-    "udon": "checkpoint config data distributed evaluate features losses model pretrained run "
-    "rundir",
+    "udon": "checkpoint config data distributed evaluate features large_classes losses model "
+    "pretrained run rundir",
 }
 LONGEST_LINE, LONGEST_FUNCTION, README_LINES, KERNEL_LINES = 100, 60, 170, 700
 PACKAGE_NAMES = {"PIL": "pillow"}  # where they differ from the names of modules

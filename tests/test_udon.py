@@ -9,6 +9,7 @@ import json
 import math
 import re
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,10 +21,11 @@ from hypothesis import strategies as st
 import checkpoint
 import data
 import evaluate
+import run as run_module
 import udon
 from benchmarks.faults import same
 from config import METHODS, PRESETS, Config
-from model import UDON, ViT
+from model import UDON, CosineClassifier, ViT
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(image_size=16, patch_size=8, width=24, depth=2, heads=2)
@@ -32,6 +34,7 @@ HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "antialias": True}
 QUICK = "--preset micro --init scratch --frozen-epochs 0 --image-size 32 --batch-size 4 --period 4"
 QUICK += " --val-every 5 --workers 0 --device cpu"
 TERMS = udon.Losses._fields[1:]
+LIMITS = {"plain": udon.LIMIT, "in chunks": 0}  # number of classes up to which losses are plain
 
 
 def tiny_model(seed=0, dtype=torch.float64, **changes):
@@ -69,10 +72,12 @@ FLOW = {  # by the paper's rule; "(x)": only with distill_into_backbone
 }
 
 
+@pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("into_backbone", [False, True])
 @pytest.mark.parametrize("term", FLOW)
 @pytest.mark.parametrize("column", COLUMNS)
-def test_gradient_flow(term, column, into_backbone):
+def test_gradient_flow(monkeypatch, term, column, into_backbone, limit):
+    monkeypatch.setattr(udon, "LIMIT", LIMITS[limit])
     model = tiny_model()
     losses = udon.compute_losses(model, *tiny_batch(), "birds", distill_into_backbone=into_backbone)
     getattr(losses, term).backward()
@@ -100,7 +105,9 @@ def test_the_table_in_the_source_is_the_tested_one():
         assert cells(row) == marks[:5], term
 
 
-def test_negatives_of_all_domains_reach_other_student_classifiers_only():
+@pytest.mark.parametrize("limit", LIMITS)
+def test_negatives_of_all_domains_reach_other_student_classifiers_only(monkeypatch, limit):
+    monkeypatch.setattr(udon, "LIMIT", LIMITS[limit])
     model = tiny_model()
     udon.compute_losses(model, *tiny_batch(), "birds", negatives="all").total.backward()
     assert model.student_classifiers["cars"].weight.grad.abs().sum() > 0
@@ -157,13 +164,17 @@ SETTINGS = st.fixed_dictionaries(
 OFFICIAL = {"scale": 16, "temperature": 0.1, "relational_scale": 32}
 
 
+@pytest.mark.parametrize("limit", LIMITS)
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 1000), st.booleans(), WEIGHTS, SETTINGS | st.just(None))
-def test_losses_and_all_gradients_equal_their_formulas(seed, into_backbone, weights, changes):
+def test_losses_and_all_gradients_equal_their_formulas(
+    limit, seed, into_backbone, weights, changes
+):
     """For any weights, 0 included; without `changes` the defaults are the official constants."""
     model, (images, labels) = tiny_model(seed), tiny_batch(seed)
     options = {"weights": weights, "distill_into_backbone": into_backbone, **(changes or {})}
-    losses = udon.compute_losses(model, images, labels, "birds", **options)
+    with mock.patch.object(udon, "LIMIT", LIMITS[limit]):
+        losses = udon.compute_losses(model, images, labels, "birds", **options)
     total, terms = losses_written_out(
         model, images, labels, weights, into_backbone, changes or OFFICIAL
     )
@@ -295,6 +306,50 @@ def test_margins_change_both_classification_losses(kind):
         for c, m in (("normface", 0.0), (kind, 0.3))
     )
     assert harder[1] > plain[1] and harder[2] > plain[2] and harder[3:] == plain[3:]
+
+
+# Many classes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["udon", "udon-joint", "usc", "ujc", "teachers", "distill"])
+def test_losses_in_chunks_equal_the_plain_ones(monkeypatch, method):
+    """Losses and all gradients of every method, with margins, for part of a batch."""
+    config = Config(method=method, **({"teachers": "x"} if method == "distill" else {}))
+    frozen = run_module.FrozenTeachers(dict.fromkeys(CLASSES, tiny_model(1)))
+    options = {
+        "weights": config.weights,
+        "negatives": config.negatives,
+        "domain_margin": config.domain_margin,
+        "teachers": frozen if method == "distill" else None,
+        "classification": "arcface",
+        "margin": 0.3,
+        "part": 0.4,
+    }
+    found = []
+    for limit in LIMITS.values():
+        monkeypatch.setattr(udon, "LIMIT", limit)
+        model = tiny_model(teacher_dim=10 if config.trains_teachers else 0)
+        losses = udon.compute_losses(model, *tiny_batch(), "birds", **options)
+        losses.total.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((values_of(losses), gradients))
+    (plain, gradients), (chunked, others) = found
+    assert chunked == [None if x is None else pytest.approx(x, rel=1e-10) for x in plain]
+    assert gradients.keys() == others.keys(), "the optimizer skips what has no gradient"
+    for name, gradient in gradients.items():
+        assert torch.allclose(others[name], gradient, rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize("negatives", ["domain", "all"])
+@pytest.mark.parametrize("excess", [-2, -1, 0, 1])
+def test_cosines_are_computed_up_to_the_limit_only(monkeypatch, negatives, excess):
+    """The limit is of the classes that the student separates: here of birds and 2 more."""
+    monkeypatch.setattr(CosineClassifier, "forward", mock.Mock(side_effect=InterruptedError))
+    classes = {"birds": udon.LIMIT + excess, "cars": 2}
+    model, (images, labels) = UDON(ViT(**TINY), classes), tiny_batch(dtype=torch.float32)
+    plain = excess + 2 * (negatives == "all") <= 0
+    with pytest.raises(InterruptedError) if plain else contextlib.nullcontext():
+        udon.compute_losses(model, images, labels, "birds", negatives=negatives)
 
 
 # Steps --------------------------------------------------------------------------------------------
@@ -467,6 +522,35 @@ def test_activations_computed_again_change_nothing():
         saved[again] = sum(sizes)
     assert same(gradients[False], gradients[True])
     assert saved[True] < saved[False] / 2
+
+
+def test_heads_of_inactive_domains_are_skipped():
+    """Neither their weights nor the optimizer's state know of steps of another domain."""
+    model = tiny_model(dtype=torch.float32)
+    run, before = run_of(Config(weight_decay=0.1, frozen_epochs=0), model), weights_of(model)
+    for _ in range(3):
+        udon.training_step(run, endless(["birds"]))
+    for name, parameter in model.named_parameters():
+        active = ".cars." not in name
+        assert (parameter in run.optimizer.state) == active, name
+        assert torch.equal(parameter, before[name]) != active, name
+
+
+@pytest.mark.parametrize("method", ["udon", "udon-joint"])
+def test_steps_with_many_classes(monkeypatch, method):
+    """Steps in chunks of classes, in pieces of the batch, equal plain steps of the whole batch."""
+    found = []
+    for limit, accumulate in ((udon.LIMIT, 1), (0, 2)):
+        monkeypatch.setattr(udon, "LIMIT", limit)
+        model = tiny_model(dtype=torch.float32)
+        config = Config(method=method, accumulate=accumulate, frozen_epochs=0.1, batch_size=4)
+        run, batches = run_of(config, model), endless(["birds", "cars"])
+        losses = [values for _ in range(6) for values in udon.training_step(run, batches)[1]]
+        found.append((losses, weights_of(model)))
+    (losses, weights), (others, other_weights) = found
+    assert others == pytest.approx(losses, rel=1e-4)
+    for name, weight in weights.items():
+        assert torch.allclose(other_weights[name], weight, atol=1e-4), name
 
 
 def break_loss(model):
