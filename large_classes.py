@@ -1,7 +1,7 @@
 """Classification and logit distillation over very many classes, in little memory.
 
     large_class_losses   embeddings (B, S), class weights (C, S), labels (B,) -> two scalars
-    LIMIT                number of classes up to which the plain formulas are as good
+    MANY_CLASSES         number of classes up to which the plain formulas are used
 
 Values and gradients are those of losses.py. The cosines (B, C), 115 MB a matrix for the 224,408
 classes of Met, are computed in chunks of K classes: once for the losses, again for the gradients.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from losses import at_least_float32, check_labels, check_shapes, true_class_cosines
 
-LIMIT = 10_000  # above it, chunks are not slower and the plain formulas need 100 MB and more
+MANY_CLASSES = 10_000  # beyond it chunks are as fast, and the plain formulas need 50 MB and more
 BYTES = 16 * 2**20  # of a chunk: smaller ones start more kernels, larger ones leave a CPU's cache
 
 
@@ -97,7 +97,8 @@ class _Rows(torch.autograd.Function):
                 student = torch.logaddexp(student, s.logsumexp(1))
                 before, added = teacher, t.logsumexp(1)
                 teacher = torch.logaddexp(before, added)
-                added_mean = torch.linalg.vecdot(t.softmax(1), t.sub_(s))
+                probabilities = t.softmax(1)
+                added_mean = torch.linalg.vecdot(probabilities, t.sub_(s))
                 mean = (before - teacher).exp() * mean + (added - teacher).exp() * added_mean
             if labels is not None:
                 columns, inside = _true_class(labels, part)

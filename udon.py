@@ -39,7 +39,7 @@ import pretrained
 import rundir
 from checkpoint import CheckpointError
 from config import Config, ConfigError
-from large_classes import LIMIT, large_class_losses
+from large_classes import MANY_CLASSES, large_class_losses
 from losses import classification_loss, logit_distillation_loss, relational_distillation_loss
 from model import UDON
 from run import (
@@ -139,6 +139,7 @@ def compute_losses(
     if not distill_into_backbone and any(weights[2:]):  # the same values, but no gradient beyond
         distilled = model.student_head(backbone.detach())
 
+    # Cosines with the domain's two classifiers, the two classification losses, KL distillation.
     losses = class_losses(
         *(model, domain, labels, weights, teacher, student, distilled, target_cosines),
         *(temperature, negatives, domain_margin),
@@ -181,25 +182,26 @@ def class_losses(
     target_cosines  (B, C) to distil from, or None for the teacher's
     """
     own = model.student_classifiers[domain]
-    others = [c for other, c in model.student_classifiers.items() if other != domain]
-    others = others if negatives == "all" else []
+    classifiers = model.student_classifiers.items() if negatives == "all" else ()
+    others = [classifier for other, classifier in classifiers if other != domain]
     teacher_classifier = None if teacher is None else model.teacher_classifiers[domain]
     losses = [None] * 4
 
-    if sum(classifier.out_features for classifier in (own, *others)) <= LIMIT:
+    if sum(classifier.out_features for classifier in (own, *others)) <= MANY_CLASSES:
         teacher_cosines = None if teacher is None else teacher_classifier(teacher)
         if weights[0] > 0:
             losses[0] = classification_loss(teacher_cosines, labels, **settings)
         if weights[1] > 0:
             cosines = [own(student), *(other(student) + domain_margin for other in others)]
-            losses[1] = classification_loss(torch.cat(cosines, dim=1), labels, **settings)
+            cosines = torch.cat(cosines, dim=1) if others else cosines[0]
+            losses[1] = classification_loss(cosines, labels, **settings)
         if weights[2] > 0:  # detaches the teacher
             cosines = teacher_cosines if target_cosines is None else target_cosines
             both = dict(student_temperature=temperature, teacher_temperature=temperature)
             losses[2] = logit_distillation_loss(own(distilled), cosines, **both)
         return losses
 
-    # The same losses in chunks of classes, without matrices (B, C).
+    # The same losses in chunks of classes: no matrix (B, C), one gradient for each weight.
     teacher_weight = None if teacher is None else teacher_classifier.weight
     targets = (teacher, teacher_weight) if target_cosines is None else (target_cosines, None)
     if weights[0] > 0:

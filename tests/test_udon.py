@@ -34,7 +34,7 @@ HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "antialias": True}
 QUICK = "--preset micro --init scratch --frozen-epochs 0 --image-size 32 --batch-size 4 --period 4"
 QUICK += " --val-every 5 --workers 0 --device cpu"
 TERMS = udon.Losses._fields[1:]
-LIMITS = {"plain": udon.LIMIT, "in chunks": 0}  # number of classes up to which losses are plain
+LIMITS = {"plain": udon.MANY_CLASSES, "in chunks": 0}
 
 
 def tiny_model(seed=0, dtype=torch.float64, **changes):
@@ -77,7 +77,7 @@ FLOW = {  # by the paper's rule; "(x)": only with distill_into_backbone
 @pytest.mark.parametrize("term", FLOW)
 @pytest.mark.parametrize("column", COLUMNS)
 def test_gradient_flow(monkeypatch, term, column, into_backbone, limit):
-    monkeypatch.setattr(udon, "LIMIT", LIMITS[limit])
+    monkeypatch.setattr(udon, "MANY_CLASSES", LIMITS[limit])
     model = tiny_model()
     losses = udon.compute_losses(model, *tiny_batch(), "birds", distill_into_backbone=into_backbone)
     getattr(losses, term).backward()
@@ -107,7 +107,7 @@ def test_the_table_in_the_source_is_the_tested_one():
 
 @pytest.mark.parametrize("limit", LIMITS)
 def test_negatives_of_all_domains_reach_other_student_classifiers_only(monkeypatch, limit):
-    monkeypatch.setattr(udon, "LIMIT", LIMITS[limit])
+    monkeypatch.setattr(udon, "MANY_CLASSES", LIMITS[limit])
     model = tiny_model()
     udon.compute_losses(model, *tiny_batch(), "birds", negatives="all").total.backward()
     assert model.student_classifiers["cars"].weight.grad.abs().sum() > 0
@@ -173,7 +173,7 @@ def test_losses_and_all_gradients_equal_their_formulas(
     """For any weights, 0 included; without `changes` the defaults are the official constants."""
     model, (images, labels) = tiny_model(seed), tiny_batch(seed)
     options = {"weights": weights, "distill_into_backbone": into_backbone, **(changes or {})}
-    with mock.patch.object(udon, "LIMIT", LIMITS[limit]):
+    with mock.patch.object(udon, "MANY_CLASSES", LIMITS[limit]):
         losses = udon.compute_losses(model, images, labels, "birds", **options)
     total, terms = losses_written_out(
         model, images, labels, weights, into_backbone, changes or OFFICIAL
@@ -327,7 +327,7 @@ def test_losses_in_chunks_equal_the_plain_ones(monkeypatch, method):
     }
     found = []
     for limit in LIMITS.values():
-        monkeypatch.setattr(udon, "LIMIT", limit)
+        monkeypatch.setattr(udon, "MANY_CLASSES", limit)
         model = tiny_model(teacher_dim=10 if config.trains_teachers else 0)
         losses = udon.compute_losses(model, *tiny_batch(), "birds", **options)
         losses.total.backward()
@@ -345,7 +345,7 @@ def test_losses_in_chunks_equal_the_plain_ones(monkeypatch, method):
 def test_cosines_are_computed_up_to_the_limit_only(monkeypatch, negatives, excess):
     """The limit is of the classes that the student separates: here of birds and 2 more."""
     monkeypatch.setattr(CosineClassifier, "forward", mock.Mock(side_effect=InterruptedError))
-    classes = {"birds": udon.LIMIT + excess, "cars": 2}
+    classes = {"birds": udon.MANY_CLASSES + excess, "cars": 2}
     model, (images, labels) = UDON(ViT(**TINY), classes), tiny_batch(dtype=torch.float32)
     plain = excess + 2 * (negatives == "all") <= 0
     with pytest.raises(InterruptedError) if plain else contextlib.nullcontext():
@@ -540,8 +540,8 @@ def test_heads_of_inactive_domains_are_skipped():
 def test_steps_with_many_classes(monkeypatch, method):
     """Steps in chunks of classes, in pieces of the batch, equal plain steps of the whole batch."""
     found = []
-    for limit, accumulate in ((udon.LIMIT, 1), (0, 2)):
-        monkeypatch.setattr(udon, "LIMIT", limit)
+    for limit, accumulate in ((udon.MANY_CLASSES, 1), (0, 2)):
+        monkeypatch.setattr(udon, "MANY_CLASSES", limit)
         model = tiny_model(dtype=torch.float32)
         config = Config(method=method, accumulate=accumulate, frozen_epochs=0.1, batch_size=4)
         run, batches = run_of(config, model), endless(["birds", "cars"])
