@@ -17,7 +17,7 @@ from torch import Tensor
 
 from losses import at_least_float32, check_labels, check_shapes, true_class_cosines
 
-MANY_CLASSES = 10_000  # beyond it chunks are as fast, and the plain formulas need 50 MB and more
+MANY_CLASSES = 10_000  # beyond it chunks are as fast, and the plain formulas need 80 MB and more
 BYTES = 16 * 2**20  # of a chunk: smaller ones start more kernels, larger ones leave a CPU's cache
 
 
@@ -55,7 +55,7 @@ def large_class_losses(
     if targets is not None:
         classes = targets.shape[1] if target_weight is None else len(target_weight)
         check_shapes(shape, (len(targets), classes))
-        targets = at_least_float32(targets).detach()
+        targets = at_least_float32(targets)
         distilled = embeddings if distilled is None else at_least_float32(distilled)
     with torch.autocast(embeddings.device.type, enabled=False):
         rest, true, divergence = _Rows.apply(
