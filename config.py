@@ -611,10 +611,10 @@ def check_same(config: Config, started: Config, place: str) -> None:
             )
 
 
-def configuration(given: dict, resume: bool) -> Config:
-    """The Config of command-line options; with `resume`, that of the run in --out with those of
-    the options that may change. Without --data and --method, DEMO is compared with. The options
-    of the file "config" come before those given."""
+def configuration(given: dict, resume: bool, started: Config | None = None) -> Config:
+    """The Config of command-line options; with `resume`, that of the run in --out, `started` if it
+    is known, with those of the options that may change. Without --data and --method, DEMO is
+    compared with. The options of the file "config" come before those given."""
     given = dict(given)
     other = given.pop("config", None)
     if not resume:
@@ -629,7 +629,7 @@ def configuration(given: dict, resume: bool) -> Config:
         raise ConfigError("--config is given with --resume, which keeps the options: leave it out")
     if "out" not in given:
         raise ConfigError("--resume needs --out, the directory of the run to resume")
-    started = read(Path(given["out"]) / "config.json")
+    started = started or read(Path(given["out"]) / "config.json")
     config = dataclasses.replace(started, **given)
     check_same(config, started, f"the run {given['out']}")
     return config

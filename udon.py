@@ -348,7 +348,7 @@ def train(config: Config, resume: bool = False, backbone: nn.Module | None = Non
             started = (Path(other.out) / "last.pt").exists()
             own_directory(stack, other.out, started)
             if started:
-                options.check_same(other, options.read(Path(other.out) / "config.json"), other.out)
+                options.check_same(other, saved_config(Path(other.out)), other.out)
             runs.append((other, started))
         interruption = stack.enter_context(rundir.Interruption(out))
         benchmark = data.Benchmark(config.data, config.domains, on_bad_image=config.on_bad_image)
@@ -665,15 +665,21 @@ def run_command(given: dict, resume: bool) -> None:
             "--out is not given, but torchrun may restart the run (--max-restarts): give the "
             "directory in which to resume it"
         )
-    started = distributed.restarts() and distributed.recall("directory") == given["out"]
-    resume = resume or (started and (Path(given["out"]) / "last.pt").exists())
+    known = distributed.restarts() and distributed.recall("directory") == given["out"]
+    resume = resume or (known and (Path(given["out"]) / "last.pt").exists())
+    started = None
     if resume and "out" in given:
-        out = Path(given["out"])
-        rundir.check(out, resume)
-        if not (out / "config.json").exists():  # deleted, or killed before it was written
-            saved = checkpoint.load(out / "last.pt")[1]["config"]
-            write_config(Config(**saved | {"out": str(out)}))
-    train(options.configuration(given, resume), resume)
+        rundir.check(Path(given["out"]), resume)
+        started = saved_config(Path(given["out"]))
+    train(options.configuration(given, resume, started), resume)
+
+
+def saved_config(out: Path) -> Config:
+    """The options that the run in a directory was started with."""
+    if (out / "config.json").exists():
+        return options.read(out / "config.json")
+    saved = checkpoint.load(out / "last.pt")[1]["config"]  # deleted, or not yet written
+    return Config(**saved | {"out": str(out)})
 
 
 if __name__ == "__main__":
