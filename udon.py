@@ -138,20 +138,92 @@ def compute_losses(
     distilled = student
     if not distill_into_backbone and any(weights[2:]):  # the same values, but no gradient beyond
         distilled = model.student_head(backbone.detach())
-
-    # Cosines with the domain's two classifiers, the two classification losses, KL distillation.
-    losses = class_losses(
-        *(model, domain, labels, weights, teacher, student, distilled, target_cosines),
-        *(temperature, negatives, domain_margin),
+    classifiers = classifiers_of(model, domain, negatives)
+    batch = Batch(labels, student, distilled, teacher, target_cosines, *classifiers)
+    is_large = sum(len(one.weight) for one in (batch.own, *batch.others)) > MANY_CLASSES
+    losses = (large_losses if is_large else class_losses)(
+        batch,
+        weights,
+        domain_margin,
+        temperature,
         dict(scale=scale, margin=margin, kind=classification),
     )
+    relational = None
     if weights[3] > 0:
-        batch = dict(scale=relational_scale, whole=whole and whole(distilled, target))
-        losses[3] = relational_distillation_loss(distilled, target, **batch)
-    if part < 1:
-        losses[:3] = [None if loss is None else part * loss for loss in losses[:3]]
+        pair = whole and whole(distilled, target)
+        relational = relational_distillation_loss(
+            distilled, target, scale=relational_scale, whole=pair
+        )
+    losses = [*(loss if loss is None else part * loss for loss in losses), relational]
     total = sum(weight * loss for weight, loss in zip(weights, losses) if weight > 0)
     return Losses(total / sum(weights), *losses)
+
+
+class Batch(NamedTuple):
+    """What the losses over the classes of a domain are computed from. Classifiers give cosines."""
+
+    labels: torch.Tensor  # (B,)
+    student: torch.Tensor  # (B, S), trains the backbone, too
+    distilled: torch.Tensor  # (B, S), equal to it, for the distillation losses
+    teacher: torch.Tensor | None  # (B, T)
+    target_cosines: torch.Tensor | None  # (B, C) of frozen teachers
+    own: nn.Module  # the student's classifier of the domain
+    others: list[nn.Module]  # those of other domains, if their classes are negatives, too
+    teacher_classifier: nn.Module | None
+
+
+def classifiers_of(model, domain, negatives) -> tuple[nn.Module, list[nn.Module], nn.Module | None]:
+    """The last three fields of a Batch."""
+    own = model.student_classifiers[domain]
+    others = [c for other, c in model.student_classifiers.items() if other != domain]
+    teacher = model.teacher_classifiers[domain] if model.teacher_heads else None
+    return own, others if negatives == "all" else [], teacher
+
+
+def class_losses(batch: Batch, weights, domain_margin, temperature, settings) -> list:
+    """Classification of the teacher and of the student, and logit distillation."""
+    losses = [None] * 3
+    teacher_cosines = batch.target_cosines
+    if batch.teacher is not None and (weights[0] > 0 or teacher_cosines is None):
+        teacher_cosines = batch.teacher_classifier(batch.teacher)  # (B, C)
+    if weights[0] > 0:
+        losses[0] = classification_loss(teacher_cosines, batch.labels, **settings)
+    if weights[1] > 0:
+        others = [other(batch.student) + domain_margin for other in batch.others]
+        cosines = torch.cat([batch.own(batch.student), *others], dim=1)  # (B, C) or (B, all)
+        losses[1] = classification_loss(cosines, batch.labels, **settings)
+    if weights[2] > 0:  # detaches the teacher, as relational distillation does
+        losses[2] = logit_distillation_loss(
+            batch.own(batch.distilled),
+            teacher_cosines,
+            student_temperature=temperature,
+            teacher_temperature=temperature,
+        )
+    return losses
+
+
+def large_losses(batch: Batch, weights, domain_margin, temperature, settings) -> list:
+    """class_losses for very many classes: in chunks, without a matrix (B, C)."""
+    losses = [None] * 3
+    targets = batch.target_cosines, None
+    if batch.teacher is not None:
+        targets = batch.teacher, batch.teacher_classifier.weight
+    if weights[0] > 0:
+        losses[0], _ = large_class_losses(
+            batch.teacher, [batch.teacher_classifier.weight], batch.labels, **settings
+        )
+    if weights[1] > 0 or weights[2] > 0:
+        losses[1:] = large_class_losses(
+            batch.student,
+            [classifier.weight for classifier in (batch.own, *batch.others)],
+            batch.labels if weights[1] > 0 else None,
+            batch.distilled,
+            *(targets if weights[2] > 0 else ()),
+            temperature=temperature,
+            domain_margin=domain_margin,
+            **settings,
+        )
+    return losses
 
 
 def check_weights(weights, own_teacher, teacher):
@@ -160,64 +232,6 @@ def check_weights(weights, own_teacher, teacher):
         raise ValueError(f"weights are {weights}: give four, one for each loss, not all 0")
     if (weights[0] > 0 and own_teacher is None) or (any(weights[2:]) and teacher is None):
         raise ValueError(f"weights are {weights}, but the model has no teachers: use (0, 1, 0, 0)")
-
-
-def class_losses(
-    model,
-    domain,
-    labels,
-    weights,
-    teacher,
-    student,
-    distilled,
-    target_cosines,
-    temperature,
-    negatives,
-    domain_margin,
-    settings,
-):
-    """The losses over classes, in the order of `Losses`, and None for the relational loss.
-
-    distilled       (B, S), equal to `student`: what logit distillation trains
-    target_cosines  (B, C) to distil from, or None for the teacher's
-    """
-    own = model.student_classifiers[domain]
-    classifiers = model.student_classifiers.items() if negatives == "all" else ()
-    others = [classifier for other, classifier in classifiers if other != domain]
-    teacher_classifier = None if teacher is None else model.teacher_classifiers[domain]
-    losses = [None] * 4
-
-    if sum(classifier.out_features for classifier in (own, *others)) <= MANY_CLASSES:
-        teacher_cosines = None if teacher is None else teacher_classifier(teacher)
-        if weights[0] > 0:
-            losses[0] = classification_loss(teacher_cosines, labels, **settings)
-        if weights[1] > 0:
-            cosines = [own(student), *(other(student) + domain_margin for other in others)]
-            cosines = torch.cat(cosines, dim=1) if others else cosines[0]
-            losses[1] = classification_loss(cosines, labels, **settings)
-        if weights[2] > 0:  # detaches the teacher
-            cosines = teacher_cosines if target_cosines is None else target_cosines
-            both = dict(student_temperature=temperature, teacher_temperature=temperature)
-            losses[2] = logit_distillation_loss(own(distilled), cosines, **both)
-        return losses
-
-    # The same losses in chunks of classes: no matrix (B, C), one gradient for each weight.
-    teacher_weight = None if teacher is None else teacher_classifier.weight
-    targets = (teacher, teacher_weight) if target_cosines is None else (target_cosines, None)
-    if weights[0] > 0:
-        losses[0], _ = large_class_losses(teacher, [teacher_weight], labels, **settings)
-    if weights[1] > 0 or weights[2] > 0:
-        losses[1], losses[2] = large_class_losses(
-            student,
-            [classifier.weight for classifier in (own, *others)],
-            labels if weights[1] > 0 else None,
-            distilled,
-            *(targets if weights[2] > 0 else ()),
-            temperature=temperature,
-            domain_margin=domain_margin,
-            **settings,
-        )
-    return losses
 
 
 def training_step(run: Run, batches: Iterator) -> tuple[str, Losses, float]:
