@@ -7,7 +7,14 @@ Copy with: checkpoint.py, distributed.py, export.py, model.py, timm_backbone.py,
     MetricsLog(path, recorded)    metrics.jsonl, with a digest of its lines
 
     config.json     the options of the run
-    metrics.jsonl   one JSON object per step and per validation
+    metrics.jsonl   one JSON object per step and per validation:
+        step        number of steps done
+        domain      of the batch; total, teacher_classification, ...: its losses, as of udon.Losses
+        backbone_lr, head_lr   learning rates of the step
+        seconds, cpu_seconds   of the step, with waiting for data; of this process
+        val         {"recall_at_1", "mmp_at_5"}, means over the domains of the val queries
+        val_domains            {domain: the same two of its queries}
+        sampler_weights        {domain: its weight in the sampler}, at a validation
     last.pt         the checkpoint from which the run is resumed
     best.pt         the checkpoint of the best validation
     test.json       its test results, written at the end

@@ -21,6 +21,8 @@ import dataclasses
 import functools
 import os
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -523,35 +525,53 @@ def logged_step(run, stream, metrics) -> tuple[str, Losses, float, float]:
 
 
 class Progress:
-    """Prints the state of the training at most every five seconds."""
+    """Prints the state of the training: in a log every five seconds, on a terminal in two lines,
+    which are rewritten until the next validation."""
+
+    UP = "\x1b[2A\x1b[J"  # two lines up, and clears what follows
 
     def __init__(self, run):
         self.run, self.first, self.printed = run, run.step, time.perf_counter()
         self.seconds = self.waited = 0.0
+        self.losses = {}  # {domain: running mean}
+        self.on_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self.start = ""
 
     def add(self, domain, loss, seconds, waited):
         run, now = self.run, time.perf_counter()
         self.seconds += seconds
         self.waited += waited
-        if now - self.printed < 5 and run.step < run.steps:
+        self.losses[domain] = 0.9 * self.losses.get(domain, loss) + 0.1 * loss
+        is_last = run.step >= run.steps or (self.on_terminal and run.needs_validation)
+        if now - self.printed < (0.2 if self.on_terminal else 5) and not is_last:
             return
         self.printed = now
         rate = (run.step - self.first) / self.seconds  # steps per second
         left = int((run.steps - run.step) / rate)
-        print(
-            f"step {run.step:,} of {run.steps:,}   loss {loss:.3f} ({domain})   "
+        step, time_left = (
+            f"step {run.step:,} of {run.steps:,}   ",
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
+        )
+        speed = (
             f"{rate * run.config.batch_size:,.0f} images/s   "
             f"waiting for data {100 * self.waited / self.seconds:.1f} %   "
-            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
-            flush=True,
         )
+        if not self.on_terminal:
+            print(f"{step}loss {loss:.3f} ({domain})   {speed}{time_left}", flush=True)
+            return
+        bar = f"[{'#' * (20 * run.step // run.steps):.<20}] "
+        losses = ", ".join(f"{name} {mean:.2f}" for name, mean in self.losses.items())
+        width = shutil.get_terminal_size().columns - 1
+        print(f"{self.start}{f'{bar}{step}{time_left}   {speed}'[:width]}")
+        print(f"mean loss: {losses}"[:width], flush=True)
+        self.start = "" if is_last else self.UP
 
 
 def validate(run, val_sets, metrics):
-    """Writes the mean R@1 and mMP@5 of the val queries to metrics.jsonl, the best model so far to
-    best.pt."""
+    """Writes R@1 and mMP@5 of the val queries to metrics.jsonl, the best model to best.pt."""
     run.check_finite()
-    means = test(run, val_sets, run.config.embedding)["mean"]
+    results = test(run, val_sets, run.config.embedding)
+    means = results["mean"]
     run.model.train()
     # Equal R@1 is decided by mMP@5, then by the later step.
     best = run.best["recall_at_1"], run.best["mmp_at_5"]
@@ -560,7 +580,14 @@ def validate(run, val_sets, metrics):
         run.best = {"step": run.step, **means}
         if distributed.rank() == 0:
             checkpoint.save(run.out / "best.pt", run.contents())
-    metrics.write({"step": run.step, "val": means, "sampler_weights": run.sampler.weights})
+    domains = {
+        domain: {name: row[name] for name in evaluate.METRICS}
+        for domain, row in results["domains"].items()
+    }
+    weights = run.sampler.weights
+    metrics.write(
+        {"step": run.step, "val": means, "val_domains": domains, "sampler_weights": weights}
+    )
     print(
         f"step {run.step:,} validation: mean R@1 {100 * means['recall_at_1']:.2f}, "
         f"mMP@5 {100 * means['mmp_at_5']:.2f}{' (best so far)' if better else ''}",

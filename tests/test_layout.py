@@ -34,6 +34,7 @@ IMPORTS = {  # of our own files; a file may import no others
     "gallery": "data",
     "search": "checkpoint data folders gallery images kernels",
     "hubconf": "search",
+    "plot": "data",
     "vectors": "folders images",
     "evaluate": "checkpoint data distributed gallery kernels metrics vectors",
     "features": "checkpoint data distributed model",
