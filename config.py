@@ -164,6 +164,10 @@ class Config:
     besides those of the test view."""
     student_dim: int = 64
     """Width of the universal embedding (paper section 4)."""
+    student_init: Literal["lecun", "pca"] = "lecun"
+    """Initial student head: random (official setting: Lecun-normal), or the first principal axes of
+    the backbone's embeddings of training images, so that training starts from what the backbone
+    already tells apart."""
     teacher_dim: int = 256
     """Width of the teacher embeddings (paper section 4)."""
     head_layers: int = 1
@@ -283,6 +287,7 @@ class Config:
             object.__setattr__(self, name, value)
         check_model(self)
         check_features(self)
+        check_head(self)
         check_losses(self)
         check_evaluation(self)
 
@@ -424,6 +429,15 @@ def check_features(config):
         not frozen or config.teachers is None,
         f"--teachers is {config.teachers} with --freeze-backbone, but frozen teachers have a "
         "backbone of their own and need the images: leave one of them out",
+    )
+
+
+def check_head(config):
+    """Raises ConfigError for a student head that principal axes cannot fill."""
+    require(
+        config.student_init == "lecun" or config.head_layers == 1,
+        f"--student-init is pca with --head-layers {config.head_layers}: principal axes fill a "
+        "single layer, use --head-layers 1",
     )
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -34,6 +35,8 @@ from config import Config, ConfigError
 from distributed import GradientSum
 from model import SIZES, UDON
 from sampler import DomainSampler
+
+AXES_IMAGES = 4096  # of which the principal axes of the student's start are computed
 
 
 @dataclass
@@ -343,6 +346,33 @@ def continue_heads(model: UDON, config: Config, splits: dict[str, data.Split]) -
     return filled
 
 
+@torch.no_grad()
+def start_from_principal_axes(
+    model: UDON, splits: dict, size: int, preprocessing: dict, device: str
+) -> None:
+    """Sets the student head to the projection on the principal axes of the backbone's embeddings of
+    training images, equally many of each domain: x -> W (x - mean), with orthonormal rows."""
+    head, width = model.student_head, model.backbone.width
+    if head.out_features > width:
+        raise ConfigError(
+            f"--student-dim is {head.out_features} with --student-init pca, but the backbone has "
+            f"{width} outputs, and no more axes: use {width} or less, or --student-init lecun"
+        )
+    rows = []
+    for split in splits.values():
+        count = min(len(split), AXES_IMAGES // len(splits) + 1)
+        spread = split.select(np.arange(count) * len(split) // count)
+        images = data.TestImages(spread, size, antialias=preprocessing["antialias"])
+        rows.append(evaluate.embed(model.embed_backbone, images, preprocessing, device).double())
+    rows = torch.cat(rows)
+    mean = rows.mean(0)
+    _, _, axes = torch.linalg.svd(rows - mean, full_matrices=False)
+    axes = axes[: head.out_features]
+    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # SVD leaves it open
+    head.weight.copy_(axes)
+    head.bias.copy_(-axes @ mean)
+
+
 def initial_weights(config) -> str | Path:
     """The file that --init names; of the directory of a run, best.pt."""
     if config.init != "compact":
@@ -465,6 +495,18 @@ def prepare_backbone(model: UDON, config: Config, device: str) -> None:
         model.backbone.compile()
 
 
+def start_model(config, splits, device, backbone) -> tuple[UDON, dict, dict]:
+    """build_model, with what its heads start from."""
+    classes = {domain: split.num_classes for domain, split in splits.items()}
+    model, architecture, preprocessing = build_model(config, classes, backbone)
+    continued = continue_heads(model, config, splits) if backbone is None else []
+    model.to(device)
+    if config.student_init == "pca" and "student_head" not in continued:
+        size = architecture["backbone"]["image_size"]
+        start_from_principal_axes(model, splits, size, preprocessing, device)
+    return model, architecture, preprocessing
+
+
 def build_run(
     config: Config,
     splits: dict[str, data.Split],
@@ -476,9 +518,7 @@ def build_run(
     classes = {domain: split.num_classes for domain, split in splits.items()}
     digests = {domain: split.digest() for domain, split in splits.items()}
     if state is None:
-        model, architecture, preprocessing = build_model(config, classes, backbone)
-        if backbone is None:
-            continue_heads(model, config, splits)
+        model, architecture, preprocessing = start_model(config, splits, device, backbone)
     else:
         model, contents = state
         options.check_same(config, Config(**contents["config"]), f"{config.out}/last.pt")
