@@ -139,9 +139,10 @@ class Run:
 
     @property
     def needs_validation(self) -> bool:
-        """Whether the present step is one that is validated and has not been yet."""
+        """Whether the present step is one that is validated and has not been yet. The start is,
+        too: best.pt is never worse on the val queries than what training started from."""
         last = self.step >= self.steps
-        due = self.step > 0 and self.step % (self.config.val_every or self.steps_per_epoch) == 0
+        due = self.step % (self.config.val_every or self.steps_per_epoch) == 0
         return (due or last) and self.validated != self.step
 
     def restore(self, state: dict) -> None:

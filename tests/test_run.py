@@ -90,7 +90,7 @@ def test_the_length_of_a_run(options, steps):
     assert (one.steps, one.frozen_steps) == (steps, 44236)
 
 
-def test_validation_is_due_each_epoch_and_at_the_end():
+def test_validation_is_due_at_the_start_each_epoch_and_at_the_end():
     one = run_of(Config(steps=24))
     due = []
     for one.step in range(25):
@@ -98,7 +98,7 @@ def test_validation_is_due_each_epoch_and_at_the_end():
             due.append(one.step)
             one.validated = one.step
         assert not one.needs_validation
-    assert due == [10, 20, 24]
+    assert due == [0, 10, 20, 24]
 
 
 # Initial models -----------------------------------------------------------------------------------
