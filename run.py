@@ -367,9 +367,9 @@ def start_from_principal_axes(
         rows.append(evaluate.embed(model.embed_backbone, images, preprocessing, device).double())
     rows = torch.cat(rows)
     mean = rows.mean(0)
-    _, _, axes = torch.linalg.svd(rows - mean, full_matrices=False)
-    axes = axes[: head.out_features]
-    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # SVD leaves it open
+    _, axes = torch.linalg.eigh((rows - mean).T @ (rows - mean))  # columns, the largest last
+    axes = axes.flip(1).T[: head.out_features]
+    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # eigh leaves it open
     head.weight.copy_(axes)
     head.bias.copy_(-axes @ mean)
 

@@ -346,12 +346,12 @@ def test_a_student_that_starts_from_principal_axes(uned):
     rows = [evaluate.embed(model.embed_backbone, x, HALF, "cpu").double().numpy() for x in images]
     rows = np.concatenate(rows)
     values, axes = np.linalg.eigh(np.cov(rows.T))
-    weight = model.student_head.weight.double().numpy()
+    weight = model.student_head.weight.detach().double().numpy()
     leading = np.argsort(values)[::-1][: len(rows) - 1]  # with variance; the rest is arbitrary
     for row, axis in zip(weight, axes.T[leading]):
         assert abs(abs(row @ axis) - 1) < 1e-3
     np.testing.assert_allclose(weight @ weight.T, np.eye(64), atol=1e-5)
-    np.testing.assert_allclose(model.student_head.bias.numpy(), -weight @ rows.mean(0), atol=1e-5)
+    np.testing.assert_allclose(model.student_head.bias.detach().numpy(), -weight @ rows.mean(0), atol=1e-5)
     for name, value in other.state_dict().items():
         if not name.startswith("student_head."):
             assert torch.equal(value, model.state_dict()[name]), name
