@@ -93,7 +93,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, N+1, D) -> (B, N+1, D)."""
+    """Multi-head self-attention, (B, N+1, D) -> (B, N+1, D), or the first `tokens` of these."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -101,10 +101,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tokens: int | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N+1, 3, heads, D/heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, heads, N+1, D/heads)
-        x = F.scaled_dot_product_attention(query, key, value)
+        x = F.scaled_dot_product_attention(query[:, :, :tokens], key, value)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -120,7 +120,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block, (B, N+1, D) -> (B, N+1, D)."""
+    """Pre-norm Transformer block, (B, N+1, D) -> (B, N+1, D), or the first `tokens` of these."""
 
     def __init__(self, width: int, heads: int, hidden_width: int, activation: str) -> None:
         super().__init__()
@@ -129,8 +129,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = Mlp(width, hidden_width, activation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, tokens: int | None = None) -> Tensor:
+        x = x[:, :tokens] + self.attn(self.norm1(x), tokens)
         return x + self.mlp(self.norm2(x))
 
 
@@ -243,10 +243,11 @@ class ViT(nn.Module):
         x = torch.cat([cls_token, patches], dim=1) + self.pos_embed  # (B, N+1, D)
         x = self.norm_pre(x)
         for block in self.blocks:
+            tokens = 1 if block is self.blocks[-1] else None  # the output is the CLS token alone
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, tokens, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, tokens)
         return self.norm(x)[:, 0]
 
 
