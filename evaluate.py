@@ -478,6 +478,12 @@ def choose_domains(options: argparse.Namespace, system: System) -> data.Benchmar
     return data.Benchmark(root, domains, on_bad_image=options.on_bad_image)
 
 
+def other_data(systems: list[System]) -> list[str]:
+    """The checkpoints that were trained on another data directory than the first."""
+    roots = [system.contents and system.contents["config"]["data"] for system in systems]
+    return [system.path for system, root in zip(systems, roots) if root != roots[0]]
+
+
 def results_of(
     system: System, benchmark: data.Benchmark, options: argparse.Namespace
 ) -> dict[str, Found]:
@@ -519,6 +525,8 @@ def report(options: argparse.Namespace) -> None:
     check_targets(options)
     systems = open_systems(options)
     benchmark = choose_domains(options, systems[0])
+    for path in other_data(systems) if not options.data else ():
+        print(f"note: {path} was trained on other data; all are evaluated on that of the first")
     is_merged = systems[0].index == "merged" and len(benchmark.domains) > 1
     results, tables = {}, []
     for name, system in zip(column_names([system.path for system in systems]), systems):

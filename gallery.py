@@ -144,6 +144,9 @@ def page(found: dict[str, Found], title: str, lines: list[str], count: int, seed
     lines: sentences above the pictures. Raises data.InputError for an image that cannot be read.
     """
     places = chosen(found, count, seed)
+    counts = [sum(name in at for at in places.values()) for name in ("worst", "random")]
+    shown = "{} of the worst queries and {} random ones, of each domain in turn.".format(*counts)
+    lines = [*lines, shown]
     unanswerable = sum(int((part.relevant == 0).sum()) for part in found.values())
     if unanswerable:
         note = "queries have no image of their class in the index and are not among the worst."
@@ -183,9 +186,10 @@ def picture(split: data.Split, row: int, kind: str, text: str, place: int = 0) -
     """The HTML of one image. kind: of KINDS, or Q for the query."""
     path, name = safe(split.path(row)), safe(name_of(split, row))
     tail = safe("/".join(Path(split.path(row)).parts[-2:]))
+    image, _ = split.reduced_image(row, SIDE)
     label = f"neighbour {place}, {text}" if place else text
     return (
-        f'<figure class="{kind}" title="{path}"><img src="{thumbnail(split.image(row))}" '
+        f'<figure class="{kind}" title="{path}"><img src="{thumbnail(image)}" '
         f'alt="{label}: {path}"><figcaption><b>{kind}</b> {text}<br>{name}<i>{tail}</i>'
         "</figcaption></figure>"
     )

@@ -358,6 +358,18 @@ def test_several_checkpoints_side_by_side(checkpoints, uned, tmp_path, capsys):
     assert all(f"Domains of the nearest neighbours of {name}, in %" in printed for name in names)
 
 
+def test_a_checkpoint_trained_on_other_data_than_the_first_is_noted(uned, tmp_path, capsys):
+    paths = [tmp_path / name for name in ("one.pt", "two.pt", "three.pt")]
+    for path, root in zip(paths, (uned, "elsewhere", uned)):
+        checkpoint.save(path, contents_of(config={"data": str(root), "domains": None}))
+    evaluate.main([*map(str, paths)])
+    printed = capsys.readouterr().out
+    assert f"note: {paths[1]} was trained on other data" in printed
+    assert printed.count("was trained on other data") == 1 and printed.count(f"on {uned}") == 3
+    evaluate.main([*map(str, paths), "--data", str(uned)])
+    assert "other data" not in capsys.readouterr().out
+
+
 def test_all_images_are_queries_and_searched_among_all(checkpoints, uned, tmp_path, capsys):
     """60 images of each domain, in five splits; the results equal a search without any splits."""
     result = run(tmp_path, checkpoints / "one" / "best.pt", "--data", uned, "--split", "all")

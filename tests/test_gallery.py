@@ -170,6 +170,7 @@ def test_the_page_needs_no_other_file(page):
     assert sources and all(source.startswith("data:image/jpeg;base64,") for source in sources)
     assert "default-src 'none'" in page and "runs/&lt;one&gt;" in page and "A &amp; B." in page
     assert "1 queries have no image of their class" in page
+    assert "6 of the worst queries and 6 random ones" in page
 
 
 def test_a_card_has_the_facts_of_its_query(page):
