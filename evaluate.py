@@ -106,6 +106,13 @@ def check_validation(sets: dict[str, TestSet]) -> None:
             )
 
 
+def note_memory(sets: dict[str, TestSet], width: int) -> None:
+    """Prints how much memory embeddings of up to `width` values take, where it is much."""
+    images = sum(len(part) for parts in sets.values() for part in set(parts))
+    if 4 * width * images > 1e8:
+        print(f"{images:,} images, whose embeddings take up to {4 * width * images / 1e6:,.0f} MB")
+
+
 @torch.inference_mode()
 def embed(
     network: Callable[[torch.Tensor], torch.Tensor],
@@ -512,10 +519,7 @@ def results_of(
         f"{system.path}, step {contents['step']:,}, on {on}: {system.embedding} embedding, "
         f"{protocol}"
     )
-    images = sum(len(part) for parts in sets.values() for part in set(parts))
-    width = system.model.backbone.width
-    if 4 * width * images > 1e8:
-        print(f"{images:,} images, whose embeddings take up to {4 * width * images / 1e6:,.0f} MB")
+    note_memory(sets, system.model.backbone.width)
     embedded = embed_sets(system.model, sets, preprocessing, system.embedding)
     return retrieve(embedded, system.index)
 

@@ -2,6 +2,7 @@
 
     large_class_losses   embeddings (B, S), class weights (C, S), labels (B,) -> two scalars
     MANY_CLASSES         number of classes up to which the plain formulas are used
+    chunks_of(rows)      a context: chunks are those of a batch of so many rows
 
 Values and gradients are those of losses.py. The cosines (B, C), 115 MB a matrix for the 224,408
 classes of Met, are computed in chunks of K classes: once for the losses, again for the gradients.
@@ -9,6 +10,7 @@ B batch size, C classes of the batch's domain, S student width, T teacher width.
 Copy with: losses.py, torch.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,6 +21,7 @@ from losses import at_least_float32, check_labels, check_shapes, true_class_cosi
 
 MANY_CLASSES = 10_000  # beyond it chunks are as fast, and the plain formulas need 80 MB and more
 BYTES = 16 * 2**20  # of a chunk: smaller ones start more kernels, larger ones leave a CPU's cache
+_rows: int | None = None  # B that chunks are made for; None: that of the embeddings
 
 
 def large_class_losses(
@@ -72,6 +75,18 @@ def large_class_losses(
         rest = torch.logsumexp(torch.stack(rests), dim=0)
         true = scale * true_class_cosines(true, margin, kind)
         return -F.logsigmoid(true - rest).mean(), distillation
+
+
+@contextlib.contextmanager
+def chunks_of(rows: int) -> Iterator[None]:
+    """While it is entered, a batch of any size is computed in as many chunks as one of `rows` rows,
+    so that its memory is the same function of the size."""
+    global _rows
+    before, _rows = _rows, rows
+    try:
+        yield
+    finally:
+        _rows = before
 
 
 class _Rows(torch.autograd.Function):
@@ -150,7 +165,7 @@ def _parts(embeddings: Tensor, weight: Tensor, target_weight: Tensor | None) -> 
     """The classes in chunks, of which 5 matrices (B, K) and 2 (K, S or T) take at most BYTES."""
     width = max(weight.shape[1], 0 if target_weight is None else target_weight.shape[1])
     values = BYTES // embeddings.element_size()
-    classes = max(1, values // (5 * len(embeddings) + 2 * width))
+    classes = max(1, values // (5 * (_rows or len(embeddings)) + 2 * width))
     for start in range(0, len(weight), classes):
         yield slice(start, min(start + classes, len(weight)))
 

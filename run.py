@@ -1,4 +1,4 @@
-"""The state of a training run: built from options and data, saved, restored and described.
+"""The state of a training run: built from options and data, saved and restored.
 
     build_run(config, splits, state=None)   -> Run, new or as last.pt left it
     build_model(config, classes)            -> model, architecture, preprocessing
@@ -556,55 +556,3 @@ def build_run(
     if state is not None:
         run.restore(contents)
     return run
-
-
-def describe(run, splits):
-    """Prints what is about to be trained: options, data and sizes."""
-    config, model = run.config, run.model
-    print(f"{config.method} on {config.data or 'the procedural domains'} into {config.out}")
-    for origin, values in options.origins(config).items():
-        changes = ", ".join(f"{name} {options.shown(value)}" for name, value in values.items())
-        print(f"  differs from the published setting by {origin}: {changes}")
-    own = run.architecture["backbone"].get("module")
-    if own:
-        print(f"note: the backbone is the module {own}, not --model with the weights of --init")
-    elif config.init == "scratch" and run.steps:
-        print(
-            "note: the backbone starts from random weights; the published setting starts from "
-            "public ones (--init FILE)"
-        )
-    if run.device.startswith("cuda") and config.precision == "fp32":
-        print("note: products are computed in TF32 in training, in float32 in validation and test")
-    if config.freeze_backbone:
-        print("note: the backbone is not trained: --backbone-lr and --frozen-epochs have no effect")
-    elif 0 < run.steps <= run.frozen_steps:
-        print(
-            f"note: the backbone is not trained: it is frozen for the first {run.frozen_steps:,} "
-            f"steps, and the run has {run.steps:,} (--frozen-epochs)"
-        )
-    for domain, split in splits.items():
-        print(f"  {domain:16}{len(split):9,} training images of {split.num_classes:,} classes")
-    backbone = sum(p.numel() for p in model.backbone.parameters())
-    heads = sum(p.numel() for p in model.parameters()) - backbone
-    print(
-        f"parameters: backbone {backbone / 1e6:.2f} M, heads and classifiers {heads / 1e6:.2f} M "
-        f"({16 * heads / 1e6:,.0f} MB with gradients and AdamW's moments); an epoch has "
-        f"{run.steps_per_epoch:,} steps, the run {run.steps:,}"
-    )
-
-
-def inference_parameters(run) -> int:
-    """The number of parameters that the embedding needs."""
-    heads = {"student": [run.model.student_head], "teacher": [run.model.teacher_heads]}
-    parts = [run.model.backbone, *heads.get(run.config.embedding, [])]
-    return sum(parameter.numel() for part in parts for parameter in part.parameters())
-
-
-def spent(metrics, domains, batch_size) -> dict:
-    """Images of each domain, seconds of all steps and the sampler's weights."""
-    lines = metrics.values()
-    steps = [line for line in lines if "domain" in line]
-    images = {d: batch_size * sum(line["domain"] == d for line in steps) for d in domains}
-    seconds = {name: sum(line[name] for line in steps) for name in ("seconds", "cpu_seconds")}
-    weights = {x["step"]: x["sampler_weights"] for x in lines if "sampler_weights" in x}
-    return {"images": images, **seconds, "sampler_weights": weights}

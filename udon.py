@@ -21,8 +21,6 @@ import dataclasses
 import functools
 import os
 import shlex
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +35,7 @@ import data
 import distributed
 import evaluate
 import features
+import plan
 import pretrained
 import rundir
 from checkpoint import CheckpointError
@@ -44,6 +43,7 @@ from config import Config, ConfigError
 from large_classes import MANY_CLASSES, large_class_losses
 from losses import classification_loss, logit_distillation_loss, relational_distillation_loss
 from model import UDON
+from plan import Progress, describe, inference_parameters, spent
 from run import (
     FrozenTeachers,
     NotFinite,
@@ -51,12 +51,9 @@ from run import (
     build_model,
     build_optimizer,
     build_run,
-    describe,
     finite_numbers,
-    inference_parameters,
     learning_rates,
     products,
-    spent,
     update_average,
 )
 
@@ -288,7 +285,6 @@ def losses_and_gradients(run, images, labels, domain) -> Losses:
     """
     config = run.config
     count = len(labels) if distributed.size() == 1 else config.batch_size
-    settings = {name: getattr(config, name) for name in LOSS_OPTIONS}
     pieces = list(zip(images.chunk(config.accumulate), labels.chunk(config.accumulate)))
     whole = None
     if len(pieces) > 1 and config.weights[3] > 0:
@@ -300,18 +296,20 @@ def losses_and_gradients(run, images, labels, domain) -> Losses:
     sums = [None] * len(Losses._fields)
     for piece, piece_labels in pieces:
         run.gradients.active = piece is pieces[-1][0]
-        losses = compute_losses(
-            *(run.model, piece, piece_labels, domain),
-            teachers=run.teachers,
-            part=len(piece) / count,
-            whole=whole,
-            **settings,
+        losses = losses_of(run)(
+            *(run.model, piece, piece_labels, domain), part=len(piece) / count, whole=whole
         )
         losses.total.backward()
         terms = [None if loss is None else loss.detach() for loss in losses]
         sums = [term if sum_ is None else sum_ + term for sum_, term in zip(sums, terms)]
     run.gradients.finish()
     return Losses(*sums)
+
+
+def losses_of(run) -> Callable:
+    """compute_losses with the options of a run."""
+    settings = {name: getattr(run.config, name) for name in LOSS_OPTIONS}
+    return functools.partial(compute_losses, teachers=run.teachers, **settings)
 
 
 @torch.no_grad()
@@ -400,7 +398,7 @@ def train_one(
     run = build_run(config, splits, state, backbone)
     run.gradients = distributed.GradientSum(run.model.parameters())
     run.identity = distributed.agreed(run.identity)
-    describe(run, splits)
+    describe(run, splits, losses_of(run))
     size = run.architecture["backbone"]["image_size"]
     open_sets = functools.partial(evaluate.open_sets, benchmark, antialias=config.antialias)
     repeated = not config.freeze_backbone  # whether images are decoded more than once
@@ -409,6 +407,7 @@ def train_one(
     same |= evaluate.digests(val_sets) | evaluate.digests(test_sets) | {"the step": run.step}
     distributed.require_same(same)
     evaluate.check_validation(val_sets)
+    evaluate.note_memory(test_sets, run.model.backbone.width)
     batches = image_batches(config, splits, size, repeated)
     for note in benchmark.notes:
         print(f"note: {note}")
@@ -486,7 +485,9 @@ def fit(run: Run, batches: data.TrainBatches, stream, val_sets, metrics, interru
                 interruption.stop()
             for split in batches.splits.values():
                 data.share_bad_rows(split)
+            started = time.perf_counter()
             validate(run, val_sets, metrics)
+            progress.validated(time.perf_counter() - started)
             run.save(metrics)
         interruption.polled = True
         if run.step >= run.steps:
@@ -522,49 +523,6 @@ def logged_step(run, stream, metrics) -> tuple[str, Losses, float, float]:
     values = {name: value for name, value in losses._asdict().items() if value is not None}
     metrics.write({"step": run.step, "domain": domain, **values, **rates, **spent})
     return domain, losses, seconds, waited
-
-
-class Progress:
-    """Prints the state of the training: in a log every five seconds, on a terminal in two lines,
-    which are rewritten until the next validation."""
-
-    UP = "\x1b[2A\x1b[J"  # two lines up, and clears what follows
-
-    def __init__(self, run):
-        self.run, self.first, self.printed = run, run.step, time.perf_counter()
-        self.seconds = self.waited = 0.0
-        self.losses = {}  # {domain: running mean}
-        self.on_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-        self.start = ""
-
-    def add(self, domain, loss, seconds, waited):
-        run, now = self.run, time.perf_counter()
-        self.seconds += seconds
-        self.waited += waited
-        self.losses[domain] = 0.9 * self.losses.get(domain, loss) + 0.1 * loss
-        is_last = run.step >= run.steps or (self.on_terminal and run.needs_validation)
-        if now - self.printed < (0.2 if self.on_terminal else 5) and not is_last:
-            return
-        self.printed = now
-        rate = (run.step - self.first) / self.seconds  # steps per second
-        left = int((run.steps - run.step) / rate)
-        step, time_left = (
-            f"step {run.step:,} of {run.steps:,}   ",
-            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left",
-        )
-        speed = (
-            f"{rate * run.config.batch_size:,.0f} images/s   "
-            f"waiting for data {100 * self.waited / self.seconds:.1f} %   "
-        )
-        if not self.on_terminal:
-            print(f"{step}loss {loss:.3f} ({domain})   {speed}{time_left}", flush=True)
-            return
-        bar = f"[{'#' * (20 * run.step // run.steps):.<20}] "
-        losses = ", ".join(f"{name} {mean:.2f}" for name, mean in self.losses.items())
-        width = shutil.get_terminal_size().columns - 1
-        print(f"{self.start}{f'{bar}{step}{time_left}   {speed}'[:width]}")
-        print(f"mean loss: {losses}"[:width], flush=True)
-        self.start = "" if is_last else self.UP
 
 
 def validate(run, val_sets, metrics):
@@ -646,6 +604,19 @@ def finish(run: Run, test_sets: dict, metrics: rundir.MetricsLog) -> dict:
     return results
 
 
+def dry_run(config: Config) -> None:
+    """Prints what `train` would take, measured on generated images. Writes nothing."""
+    with distributed.processes(config.device), products("high"):
+        if config.student_init == "pca":
+            print("note: here, the student starts at random; its principal axes need images")
+            config = dataclasses.replace(config, student_init="lecun")
+        splits = plan.training_splits(data.Benchmark(config.data, config.domains))
+        run = build_run(config, splits)
+        run.gradients = distributed.GradientSum(run.model.parameters())
+        run.model.train()
+        plan.dry_run(run, splits, losses_of(run), training_step)
+
+
 # Command line -------------------------------------------------------------------------------------
 
 
@@ -673,6 +644,13 @@ def command_line():
         f"{', '.join(map(options.flag, options.MAY_CHANGE))} may change",
     )
     train_parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="measure the time and memory of steps on generated images of full size, print what "
+        "the run would take, and stop; writes nothing, and of --data needs no image",
+    )
+    train_parser.add_argument(
         "--config",
         metavar="FILE",
         default=argparse.SUPPRESS,
@@ -696,7 +674,13 @@ def main(arguments: list[str] | None = None) -> None:
     with parser.sentences(USER_ERRORS, memory + "--model", remedy):
         given = vars(parser.parse_args(arguments))
         given.pop("command")
-        run_command(given, given.pop("resume"))
+        resume, dry = given.pop("resume"), given.pop("dry_run", False)
+        if dry and resume:
+            raise ConfigError("--dry-run is given with --resume: leave out one of them")
+        if dry:
+            dry_run(options.configuration(given, resume))
+        else:
+            run_command(given, resume)
 
 
 def run_command(given: dict, resume: bool) -> None:

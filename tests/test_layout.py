@@ -38,10 +38,11 @@ IMPORTS = {  # of our own files; a file may import no others
     "vectors": "folders images",
     "evaluate": "checkpoint data distributed gallery kernels metrics vectors",
     "features": "checkpoint data distributed model",
+    "plan": "config data distributed features large_classes sampler",
     "flax_weights": "checkpoint model pretrained timm_backbone",
     "run": "checkpoint config data distributed evaluate model pretrained rundir sampler",
     "udon": "checkpoint config data distributed evaluate features large_classes losses model "
-    "pretrained run rundir",
+    "plan pretrained run rundir",
 }
 LONGEST_LINE, LONGEST_FUNCTION, README_LINES, KERNEL_LINES = 100, 60, 170, 700
 PACKAGE_NAMES = {"PIL": "pillow"}  # where they differ from the names of modules
