@@ -157,8 +157,8 @@ class Config:
     set it when a note says that the statistics of these weights were assumed."""
     freeze_backbone: bool = False
     """Train the heads alone, on features of the backbone that are computed once and kept in the
-    directory of the run; the way to use a strong public backbone without a GPU. Heads may need a
-    larger --head-lr."""
+    directory of the run; the way to use a strong public backbone without a GPU. Steps are cheap:
+    try more --epochs and a larger --head-lr, such as 20 and 1e-2."""
     views: int = 4
     """With --freeze-backbone: random training crops of each image that features are computed of,
     besides those of the test view."""

@@ -12,6 +12,7 @@
 import contextlib
 import copy
 import dataclasses
+import itertools
 import math
 import uuid
 import warnings
@@ -215,7 +216,8 @@ def finite_numbers(run: Run, domain: str, losses: dict) -> dict[str, float | Non
     norm of the gradient is not finite."""
     computed = {name: loss.detach().float() for name, loss in losses.items() if loss is not None}
     sums = distributed.total(torch.stack(list(computed.values())))
-    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    parameters = itertools.chain(*(group["params"] for group in run.optimizer.param_groups))
+    gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     numbers = dict(zip([*computed, "gradient norm"], torch.cat([sums, norm[None]]).tolist()))
     for name, value in numbers.items():

@@ -235,7 +235,7 @@ def check_weights(weights, own_teacher, teacher):
 
 def training_step(run: Run, batches: Iterator) -> tuple[str, Losses, float]:
     """One step of Figure 2 -> domain, Losses as numbers, seconds spent waiting for the batch."""
-    config, model, optimizer = run.config, run.model, run.optimizer
+    config, optimizer = run.config, run.optimizer
 
     # 1. The sampler chooses the domain; all images of the batch belong to it.
     started = time.perf_counter()
@@ -250,7 +250,8 @@ def training_step(run: Run, batches: Iterator) -> tuple[str, Losses, float]:
     # 3. The learning rates of this step; a frozen backbone needs no gradient.
     for group, rate in zip(optimizer.param_groups, learning_rates(run)):
         group["lr"] = rate
-    model.backbone.requires_grad_(run.step >= run.frozen_steps)
+    for parameter in optimizer.param_groups[0]["params"]:  # those of the backbone
+        parameter.requires_grad_(run.step >= run.frozen_steps)
 
     # 4. Backbone -> student and teacher -> cosines with the domain's classifiers -> losses.
     # 5. Their gradients; the table above shows which loss trains what.

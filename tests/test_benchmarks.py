@@ -17,6 +17,7 @@ import evaluate
 import udon
 from benchmarks import (
     ablation,
+    frozen,
     jax_step,
     principal_axes,
     procedural,
@@ -73,6 +74,14 @@ BAD = {
         ("", "--table"),
         ("--table procedural.md --results nowhere", "nowhere/seed0/test.json"),
         ("--table procedural.md --results foreign.csv", "foreign.csv/seed0/test.json"),
+    ),
+    frozen: (
+        ("", "--data"),
+        ("--data nowhere", "nowhere"),
+        ("--data {uned} --seeds 0", "'0'"),
+        ("--data {uned} --out nowhere/x.json", "nowhere/x.json"),
+        ("--table frozen.md --out foreign.csv", "foreign.csv"),
+        ("--table frozen.md --out none.json", "none.json"),
     ),
     topk: (
         *((f"--cases {case}", f"{case!r}") for case in ("5x5", "0x5x5", "5x-5x5", "5x5x5x5")),
@@ -136,7 +145,7 @@ def directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "foreign.csv").write_text("a,b\n1,2\n")
     (tmp_path / "empty").mkdir()
-    for name in ("ablation", "procedural", "topk"):
+    for name in ("ablation", "frozen", "procedural", "topk"):
         (tmp_path / f"{name}.md").write_text(MARKED.format(name))
     (tmp_path / "reversed.md").write_text("<!-- end of ablation -->\n<!-- ablation -->\n")
     contents = {"broken": "{", "other": json.dumps(made_up("udon", 0, 0.5)), "bare": "{}"}
@@ -148,6 +157,7 @@ def directory(tmp_path, monkeypatch):
         (uned_size, "synthetic"),
         (step_overhead, "stepper"),
         (jax_step, "measure"),
+        (frozen, "train"),
         (principal_axes, "measure"),
         (ablation.Grid, "run"),
     ):
@@ -217,6 +227,25 @@ def test_step_overhead(tmp_path, monkeypatch):
     assert list(times) == ["usc", "udon", "distill-8"]
     assert times["usc"]["to_usc"] == 1
     assert all(ratio > 0 for row in times.values() for ratio in row.values())
+
+
+def test_frozen_and_fine_tuned_backbones(uned, tmp_path, monkeypatch):
+    """Small runs and measurements in this process, and their table."""
+    pytest.importorskip("scipy")
+    monkeypatch.setattr(ablation, "call", lambda *words, log: udon.main([*map(str, words[1:])]))
+    monkeypatch.setattr(frozen, "OPTIONS", frozen.OPTIONS.replace("mini", "micro") + " --steps 1")
+    monkeypatch.setattr(frozen, "MODELS", {"micro": (4, 2)})
+    monkeypatch.setattr(frozen, "IMAGES", 70)
+    out, file = tmp_path / "frozen.json", tmp_path / "results.md"
+    file.write_text(MARKED.format("frozen"))
+    arguments = ["--data", uned, "--seeds", 1, "--runs", tmp_path / "runs", "--out", out]
+    run(frozen, [*arguments, "--table", file], monkeypatch)
+    values = json.loads(out.read_text())
+    runs = [(x["method"], x["views"]) for x in values["runs"] if x["views"] is not None]
+    assert runs == [("usc", 0), ("udon-joint", 0), ("usc", 4), ("udon-joint", 4)]
+    assert str(uned) not in out.read_text()
+    assert all(rate > 0 for rate in values["images_per_second"]["micro"].values())
+    assert "| `udon-joint` | fine-tuned | 40.0 ± 0.6 | 31.6 ± 0.3 | 5 |" in file.read_text()
 
 
 def test_procedural_table(tmp_path, monkeypatch):
