@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from export import TITLE, ExportError, card, onnx_network
+from export import TITLE, ExportError, card, onnx_network, plain
 from model import UDON, ViT
 from timm_backbone import TimmBackbone, TimmError
 
@@ -338,7 +338,7 @@ def export(source: str | os.PathLike, target: str | os.PathLike, half: bool = Fa
     else:
         with replacing(target) as partial:
             partial.write_bytes(as_onnx(source, exported))
-    write_text(card_file, exported["card"].replace("{name}", target.stem))
+    write_text(card_file, exported["card"].replace("{name}", plain(target.stem)))
     return card_file
 
 
@@ -386,19 +386,18 @@ def as_onnx(source, exported) -> bytes:
 def described(exported, contents, source) -> str:
     """The model card, with the test results beside the checkpoint if they are its own."""
     about = exported | {"architecture": contents["architecture"]}
-    parameters = sum(x.numel() for x in exported["model"].values())
     try:
         results = json.loads(source.with_name("test.json").read_text(encoding="utf-8"))
         if (results["step"], results["embedding"]) == (contents["step"], "student"):
-            return card(about, parameters, results)
+            return card(about, results)
     except (OSError, *MALFORMED):
         pass
-    return card(about, parameters, None)
+    return card(about, None)
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+        self.exit(2, f"{self.prog}: {plain(message)}; --help lists the options\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -416,9 +415,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         file = export(options.checkpoint, options.target, options.half)
     except (CheckpointError, OSError) as error:
-        parser.exit(2, f"checkpoint.py: {error}\n")
+        parser.exit(2, f"checkpoint.py: {plain(str(error))}\n")
     size = os.path.getsize(options.target) / 1e6
-    print(f"{options.target}: {size:.1f} MB; {file}: its model card")
+    print(plain(f"{options.target}: {size:.1f} MB; {file}: its model card"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What `python checkpoint.py export` writes beside weights: an ONNX network and a model card.
 
     onnx_network(model, size, preprocessing, texts)  -> bytes of a .onnx file
-    card(contents, parameters, results)             -> Markdown
+    card(contents, results)                         -> Markdown
 
 Copy with: torch (onnx and onnxscript where a network is made).
 """
@@ -90,9 +90,9 @@ def halve(graph: Any) -> None:
 
 CARD = """{title}
 
-An image embedding for retrieval in several fine-grained domains: {parameters} M parameters, trained
-by the reference implementation of UDON in PyTorch (arXiv:2406.08332). Its outputs are unit vectors
-of {width} numbers, compared by cosine similarity.
+An image embedding for retrieval in several fine-grained domains, trained by the reference
+implementation of UDON in PyTorch (arXiv:2406.08332): {parameters} M parameters{stored}.
+Its outputs are unit vectors of {width} numbers, compared by cosine similarity.
 
 ## Use
 
@@ -157,19 +157,22 @@ central square; values in 0..1, less the mean {mean}, divided by {std}.
 
 {licence}
 """
-OPTIONS = ("method", "preset", "model", "init", "image_size", "batch_size", "seed", "ema")
+OPTIONS = ("method", "preset", "model", "init", "freeze_backbone", "batch_size", "ema", "seed")
 
 
-def card(contents: dict, parameters: int, results: dict | None) -> str:
+def card(contents: dict, results: dict | None) -> str:
     """The model card of a student, in which {name} stands for the name of its file without suffix.
 
-    contents  of the checkpoint that it is exported from, with paths reduced to names
+    contents  of the exported checkpoint, with the architecture of the one that it comes from
     results   of its test.json, or None
     """
+    parameters = sum(weight.numel() for weight in contents["model"].values())
+    half = any(weight.dtype == torch.float16 for weight in contents["model"].values())
     architecture, config = contents["architecture"], contents["config"]
     preprocessing, is_timm = contents["preprocessing"], "timm" in architecture["backbone"]
     own = "TimmBackbone(*architecture.pop('backbone').values())"
-    given = [f"{x} {config[x]}" for x in OPTIONS if config.get(x) is not None]
+    given = [f"{x} {config[x]}" for x in OPTIONS if x in config and (config[x] or x == "seed")]
+    no_data = "the procedural domains" if "method" in config else "unknown"
     if results is None:
         results = "Test results: none, since there was no test.json of this checkpoint beside it."
     else:
@@ -178,6 +181,7 @@ def card(contents: dict, parameters: int, results: dict | None) -> str:
         title=TITLE,
         name="{name}",
         parameters=f"{parameters / 1e6:.2f}",
+        stored=", in half precision (the results\nbelow are from before rounding)" if half else "",
         width=architecture["student_dim"],
         size=architecture["backbone"]["image_size"],
         files="`model.py` and `timm_backbone.py`" if is_timm else "`model.py`",
@@ -186,12 +190,17 @@ def card(contents: dict, parameters: int, results: dict | None) -> str:
         antialias="with" if preprocessing["antialias"] else "without",
         mean=triple(preprocessing["mean"]),
         std=triple(preprocessing["std"]),
-        options=", ".join(given) or "Options: unknown",
+        options=plain(", ".join(given)) or "Options unknown",
         step=contents["step"],
-        data=config["data"] or "the procedural domains",
+        data=plain(config["data"] or no_data),
         results=results,
         licence=licence(config),
     )
+
+
+def plain(text: str) -> str:
+    """The text with control characters and undecodable bytes of names escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def triple(values) -> str:
@@ -213,7 +222,8 @@ def results_table(classes: dict[str, int], results: dict) -> str:
         numbers = (classes[domain], results["images"][domain], row["queries"], row["index"])
         cells = [*(f"{number:,}" for number in numbers), *percentages(row)]
         cells += percentages(backbone["domains"][domain])
-        lines.append(f"| {domain} | {' | '.join(cells)} |")
+        name = plain(domain).replace("|", "\\|")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     means = [*percentages(results["mean"]), *percentages(backbone["mean"])]
     lines.append(f"| mean | | | | | {' | '.join(means)} |")
     return "\n".join(lines)
@@ -232,7 +242,9 @@ def licence(config: dict) -> str:
             "project's\ncompact weights, which were pre-trained on ImageNet images. The terms of "
             "the training images\napply, too."
         )
-    if init in (None, "scratch"):
+    if init is None:
+        return "That of the authors of the weights, which were not trained here."
+    if init == "scratch":
         return "The terms of the training images apply."
-    origin = f"timm's weights of {config.get('model')}" if init == "timm" else f"`{init}`"
+    origin = f"timm's weights of {config.get('model')}" if init == "timm" else f"`{plain(init)}`"
     return f"The terms of the initial weights, {origin}, and of the training images apply."

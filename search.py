@@ -453,9 +453,10 @@ section {{ display: flex; flex-wrap: wrap; gap: 16px }}
 figure {{ width: 160px; margin: 0 }}
 figure:first-child {{ border-right: 2px solid gray; padding-right: 16px }}
 img, .missing {{ width: 160px; height: 160px; object-fit: contain; background: #8882 }}
+img {{ display: block }}
 .missing {{ display: grid; place-items: center }}
-figcaption {{ overflow-wrap: anywhere }}
-small {{ display: block; color: gray }}
+figcaption {{ margin-top: 4px; overflow-wrap: anywhere }}
+small {{ display: block; opacity: 0.7 }}
 </style>
 {sections}
 </html>

@@ -25,13 +25,6 @@ from model import UDON, ViT
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments, cwd=ROOT):
-    """python with arguments -> exit status, stdout, stderr."""
-    line = [sys.executable, *map(str, arguments)]
-    finished = subprocess.run(line, cwd=cwd, capture_output=True, text=True)
-    return finished.returncode, finished.stdout, finished.stderr
-
-
 @pytest.fixture(scope="module")
 def exported(student_run, tmp_path_factory):
     """student.pt and half.pt of the run."""
@@ -107,12 +100,25 @@ def test_a_checkpoint_of_an_older_version_without_class_names(student_run, tmp_p
     assert "class_names" not in checkpoint.load(tmp_path / "new.pt")[1]
 
 
-def test_undecodable_names_survive(student_run, tmp_path):
-    names = {"plants": [os.fsdecode(b"ros\xe9\n"), "a\tb"]}
-    contents = checkpoint.read(student_run / "best.pt") | {"class_names": names}
-    checkpoint.save(tmp_path / "a.pt", contents)
-    checkpoint.export(tmp_path / "a.pt", tmp_path / "b.pt")
-    assert checkpoint.load(tmp_path / "b.pt")[1]["class_names"] == names
+def test_undecodable_names_survive(student_run, tmp_path, capsys):
+    """Of classes and domains, of the data, in the card and of the file itself."""
+    odd = os.fsdecode(b"ros\xe9|\n")
+    contents = checkpoint.read(student_run / "best.pt")
+    contents |= {"class_names": {odd: [odd, "a\tb"]}}
+    contents["config"]["data"] = f"/data/{odd}"
+    contents["architecture"]["classes"][odd] = contents["architecture"]["classes"].pop("plants")
+    for weights in [contents["model"]]:
+        for key in [key for key in weights if ".plants." in key]:
+            weights[key.replace("plants", odd)] = weights.pop(key)
+    text = (student_run / "test.json").read_text().replace('"plants"', json.dumps(odd))
+    (tmp_path / "test.json").write_text(text)
+    checkpoint.save(tmp_path / "best.pt", contents)
+    checkpoint.main(["export", str(tmp_path), f"{tmp_path}/{odd}.pt"])
+    assert capsys.readouterr().out.count("\n") == 1
+    assert checkpoint.load(f"{tmp_path}/{odd}.pt")[1]["class_names"] == contents["class_names"]
+    card = Path(f"{tmp_path}/{odd}.md").read_text(encoding="utf-8")
+    assert "| ros\\udce9\\|\\n | " in card and "Data: ros\\udce9|\\n." in card
+    fails(capsys, "export", tmp_path, f"{tmp_path}/{odd}", named=["ros\\udce9"])
 
 
 # What reads it ------------------------------------------------------------------------------------
@@ -168,7 +174,7 @@ def test_the_lines_of_the_card_for_elsewhere(exported, tmp_path):
     (tmp_path / "elsewhere.py").write_text(
         f"import torch\nimages = torch.load('images.pt')\n{code}\ntorch.save(vectors, 'out.pt')"
     )
-    assert run("elsewhere.py", cwd=tmp_path) == (0, "", "")
+    subprocess.run([sys.executable, "elsewhere.py"], cwd=tmp_path, check=True)
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "out.pt"), model.embed(batch))
 
@@ -263,6 +269,7 @@ def test_the_card_has_the_numbers_of_the_test(student_run, exported):
         cells += [f"{100 * row[x]:.2f}" for x in ("recall_at_1", "mmp_at_5")]
         (line,) = (line for line in text.splitlines() if line.startswith(f"| {domain} |"))
         assert f"| {' | '.join(map(str, cells))} |" in line
+    assert "before rounding" not in text and "before rounding" in (exported / "half.md").read_text()
     assert "method udon-joint" in text and "non-commercial research" in text
     assert "{" not in text.replace('{"images": images}', ""), "a name was not filled in"
 
@@ -294,13 +301,21 @@ def test_results_of_another_checkpoint_are_left_out(student_run, tmp_path, chang
 def test_the_card_states_the_licence(student_run, init, named):
     contents = checkpoint.read(student_run / "best.pt")
     contents["config"] |= {"init": init, "model": "timm:vit_tiny"}
-    assert named in export.card(contents, 100, None).split("## Licence")[1]
+    assert named in export.card(contents, None).split("## Licence")[1]
+
+
+def test_the_card_of_converted_weights(student_run):
+    """flax_weights.py knows no option of theirs."""
+    contents = checkpoint.read(student_run / "best.pt")
+    text = export.card(contents | {"config": {"data": None, "domains": None}}, None)
+    assert "Options unknown" in text and "Data: unknown" in text
+    assert "the authors of the weights" in text.split("## Licence")[1]
 
 
 def test_the_card_of_a_timm_backbone_names_its_module(student_run):
     contents = checkpoint.read(student_run / "best.pt")
     contents["architecture"]["backbone"] = {"timm": "vit_tiny_patch16_224", "image_size": 64}
-    text = export.card(contents, 100, None)
+    text = export.card(contents, None)
     assert "from timm_backbone import TimmBackbone" in text and "(B, 3, 64, 64)" in text
 
 
@@ -315,11 +330,11 @@ def fails(capsys, *arguments, named):
     assert all(str(name) in sentence for name in named), sentence
 
 
-def test_the_command(student_run, tmp_path):
-    status, stdout, stderr = run(
-        ROOT / "checkpoint.py", "export", student_run, "a.pt", "--half", cwd=tmp_path
-    )
-    assert (status, stderr) == (0, "") and "a.pt: " in stdout and "a.md: its model card" in stdout
+def test_the_command(student_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    checkpoint.main(["export", str(student_run), "a.pt", "--half"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("a.pt: ") and printed.endswith("a.md: its model card\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.md", "a.pt"]
 
 
