@@ -35,22 +35,23 @@ CLASSES = {f"domain{number}": count for number, count in enumerate(COUNTS)}
 STEPS_PER_EPOCH = 10**6  # more than are run
 
 
-def build_run(row: str, device: str, options: dict) -> udon.Run:
-    """The run of a row on the domains CLASSES, from random weights: they take the same time."""
+def build_run(row: str, device: str, options: dict, classes: dict = CLASSES) -> udon.Run:
+    """The run of a row on domains of so many classes, from random weights: they take the same
+    time."""
     config = rows.config_of(row, device=device, init="scratch", **options)
-    model, architecture, preprocessing = udon.build_model(config, CLASSES)
+    model, architecture, preprocessing = udon.build_model(config, classes)
     model.to(device).train()
     teachers = None
     if rows.ROWS[row].teachers:
-        teacher = build_run(rows.ROWS[row].teachers, device, options).model.eval()
-        teachers = udon.FrozenTeachers(dict.fromkeys(CLASSES, teacher))
+        teacher = build_run(rows.ROWS[row].teachers, device, options, classes).model.eval()
+        teachers = udon.FrozenTeachers(dict.fromkeys(classes, teacher))
     return udon.Run(
         config=config,
         model=model,
         architecture=architecture,
         preprocessing=preprocessing,
         optimizer=udon.build_optimizer(model, config),
-        sampler=DomainSampler(CLASSES, period=len(CLASSES)),
+        sampler=DomainSampler(classes, period=len(classes)),
         device=device,
         steps_per_epoch=STEPS_PER_EPOCH,
         digests={},

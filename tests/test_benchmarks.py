@@ -9,18 +9,25 @@ import pytest
 import torch
 from conftest import write_uned
 from test_ablation import made_up
+from test_distributed import job
+from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import config
 import data
+import distributed
 import evaluate
+import model
 import udon
 from benchmarks import (
     ablation,
     frozen,
+    equivalence,
+    estimates,
     jax_step,
     principal_axes,
     procedural,
+    scaling,
     shared,
     step_overhead,
     tables,
@@ -129,6 +136,18 @@ BAD = {
         ("--table topk.md", "jax_step.json"),
         ("--table nowhere.md --out foreign.csv", "foreign.csv"),
     ),
+    equivalence: (
+        ("", "--data"),
+        ("--data nowhere", "nowhere"),
+        ("--data {uned} --out nowhere/x.json", "nowhere/x.json"),
+    ),
+    scaling: (
+        ("--rounds 0", "'0'"),
+        ("--out nowhere/x.json", "nowhere/x.json"),
+        ("--markdown nowhere/x.md", "nowhere/x.md"),
+        ("--markdown topk.md --out none.json", "none.json"),
+        ("--markdown topk.md --out foreign.csv", "foreign.csv"),
+    ),
     topk_gpu: (
         ("--k 0", "'0'"),
         ("--k 9 --index 8", "--index 8"),
@@ -160,6 +179,8 @@ def directory(tmp_path, monkeypatch):
         (frozen, "train"),
         (principal_axes, "measure"),
         (ablation.Grid, "run"),
+        (equivalence, "start"),
+        (scaling, "measure"),
     ):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("a measurement has started"))
     return tmp_path
@@ -309,3 +330,59 @@ def test_topk_writes_all_rows_or_none(tmp_path):
         topk.write(out, [row, {**row, "unknown": 1}])
     assert topk.written(out) == [row]
     assert list(tmp_path.iterdir()) == [out]
+
+
+# Several processes --------------------------------------------------------------------------------
+
+
+def test_estimates_count_what_the_model_does():
+    """Products by torch's own counter, parameters by the model."""
+    with torch.device("meta"):
+        vit = model.ViT(**model.SIZES["b16"])
+        heads = model.UDON(model.ViT(**model.SIZES["b16"]), {"cars": 78})
+    with FlopCounterMode(display=False) as counter:
+        vit(torch.empty(1, 3, 224, 224, device="meta"))
+    assert counter.get_total_flops() == 2 * estimates.multiply_adds()
+    sizes = [sum(p.numel() for p in network.parameters()) for network in (vit, heads)]
+    assert sizes[0] == estimates.BACKBONE
+    assert sizes[1] - sizes[0] == estimates.head_parameters(78)
+
+
+def test_estimates_of_a_step():
+    gpu, operators = estimates.GPUS["A100"], {"trained": 0, "frozen": 0}
+    one, many = (estimates.step(gpu, count, 78, True, operators) for count in (1, 8))
+    # 3 x 128 x 35.1 GFLOP at 40 % of 312 TFLOPS; 8 reads and writes of 86.1 M values.
+    assert one["products"] == pytest.approx(108.1, rel=0.01)
+    assert one["memory"] == pytest.approx(4e3 * 8 * 86.1e6 / (0.8 * 2.039e12), rel=0.01)
+    assert one["communication"] == 0
+    assert many["products"] == pytest.approx(one["products"] / 8)
+    frozen = estimates.step(gpu, 8, 224_408, False, operators)
+    assert frozen["communication"] == pytest.approx(
+        1e3 * 1.75 * 4 * 72.1e6 / (0.8 * 300e9), rel=0.01
+    )
+    slow = estimates.step(gpu, 64, 78, True, {"trained": 10_000, "frozen": 0})
+    assert slow["step"] >= slow["launches"] == pytest.approx(50)
+    assert estimates.limit(slow) == "launches"
+
+
+def test_payload_of_a_step(tmp_path, monkeypatch):
+    """The gradients of the backbone and of one domain's heads, and the embeddings of a share."""
+    monkeypatch.setattr(scaling, "BATCHES", {"micro": 2})
+
+    def run(rank):
+        with distributed.processes("cpu"):
+            trainer = scaling.Trainer("micro")
+            file = tmp_path / f"{rank}.json"
+            file.write_text(json.dumps([trainer.payload(1), trainer.payload(1)]))
+
+    ended = job(2, run, tmp_path)
+    assert [process.status for process in ended] == [0, 0], ended
+    with torch.device("meta"):
+        backbone = model.ViT(**model.SIZES["micro"])
+    width, size = backbone.width, sum(p.numel() for p in backbone.parameters())
+    for rank in range(2):
+        for sent, classes in zip(
+            json.loads((tmp_path / f"{rank}.json").read_text()), step_overhead.COUNTS[:2]
+        ):
+            assert sent["gradients"] == 4 * (size + (width + 1 + classes) * (64 + 256))
+            assert sent["embeddings"] == 4 * 2 * (64 + 256)

@@ -9,7 +9,7 @@ import pytest
 
 import config
 import evaluate
-from benchmarks import ablation, one_step, procedural, rows, tables, topk
+from benchmarks import ablation, estimates, one_step, procedural, rows, tables, topk
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -82,6 +82,11 @@ def test_figures_of_a_training_step():
         f"| {overhead['machine']}; {overhead['date']} |",
     )
     assert not missing(figures, REPORT)
+
+
+def test_report_of_scaling():
+    report = (RESULTS / "scaling.md").read_text(encoding="utf-8")
+    assert report == estimates.report(RESULTS / "scaling.json")
 
 
 # README.md ----------------------------------------------------------------------------------------
