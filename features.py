@@ -290,6 +290,7 @@ def compute(store, model, views, preprocessing, workers, interruption) -> None:
                     save(store, views.splits)
                 interruption.requested = max(requested for requested, _ in states)
                 if interruption.requested:
+                    distributed.agreed(None)  # rank 0 has saved: torchrun stops all when one ends
                     interruption.stop()
     save(store, views.splits)
     interruption.polled = False
