@@ -21,9 +21,9 @@ import model
 import udon
 from benchmarks import (
     ablation,
-    frozen,
     equivalence,
     estimates,
+    frozen,
     jax_step,
     principal_axes,
     procedural,
