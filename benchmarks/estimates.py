@@ -79,10 +79,12 @@ UNIT_ROWS = 5  # of classifiers: forward reads and writes, backward reads twice 
 
 
 def multiply_adds() -> float:
-    """Of an image in the forward pass of ViT-B/16: patches, products of weights, attention."""
+    """Of an image in the forward pass of ViT-B/16: patches, products of weights, attention. The
+    last block computes keys and values of all tokens, and the rest for the CLS token alone."""
     patches = (TOKENS - 1) * 3 * 16 * 16 * WIDTH
     block = TOKENS * 12 * WIDTH**2 + 2 * TOKENS**2 * WIDTH
-    return patches + DEPTH * block
+    last = TOKENS * 3 * WIDTH**2 + 9 * WIDTH**2 + 2 * TOKENS * WIDTH
+    return patches + (DEPTH - 1) * block + last
 
 
 def head_parameters(classes: int) -> int:
