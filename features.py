@@ -3,6 +3,7 @@
     computed(directory, model, images, ...)   -> {domain: (N, 1 + V, D) float16}, from the files
                                                  <domain>.npy, computed where they are missing
     FeatureBatches(images, features)[step, domain]  -> features (B, D) float16, labels (B,) int64
+    TestFeatures(directory, model, ...)[images]     -> (N, D) float32, of images of val and test
 
 The features of an image are the L2-normalised outputs of the backbone for 1 + V views: the test
 view, and V random training crops that are a function of (seed, row). They are computed in the same
@@ -94,6 +95,56 @@ class Views:
             except data.InputError as error:
                 split.skip(row, error)
         return views
+
+
+class TestFeatures(dict):
+    """{images: (N, D) float32}: outputs of the frozen backbone, for evaluate.evaluate.
+
+    They are files of `directory`, read where they are used, so that they are computed once for all
+    runs with these images and this backbone, interrupted ones included. The rows of bad images are
+    NaN in the files and 0 here.
+    """
+
+    __test__ = False  # pytest must not collect it because of its name
+
+    def __init__(self, directory: Path, model: UDON, preprocessing: dict):
+        self.directory = directory
+        self.width, self.backbone = model.backbone.width, backbone_identity(model, preprocessing)
+
+    def path(self, images: data.TestImages) -> Path:
+        about = {**self.backbone, "images": images.split.digest(), "size": images.size}
+        digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        return self.directory / f"{images.split.domain}-{images.split.name}-{digest}.npy"
+
+    def __contains__(self, images: data.TestImages) -> bool:
+        if not super().__contains__(images) and self.path(images).exists():
+            with contextlib.suppress(ValueError, EOFError):  # damaged: they are computed again
+                self._read(images)
+        return super().__contains__(images)
+
+    def __setitem__(self, images: data.TestImages, features: torch.Tensor) -> None:
+        if distributed.rank() == 0:
+            rows, path = features.numpy(), self.path(images)
+            rows[list(images.split.bad_rows)] = np.nan
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with opened(path.with_suffix(".partial"), "wb") as file:
+                np.save(file, rows)
+            os.replace(path.with_suffix(".partial"), path)
+        distributed.agreed(None)
+        self._read(images)
+
+    def _read(self, images):
+        array, split = np.load(self.path(images), mmap_mode="c"), images.split
+        if array.shape != (len(images), self.width) or array.dtype != np.float32:
+            raise ValueError(f"{array.shape} of {array.dtype}")
+        for row in np.flatnonzero(np.isnan(array[:, 0])).tolist():
+            if row not in split.bad_rows:
+                name = split.path(row)
+                split.skip(
+                    row, data.InputError(f"image {name} was unreadable when it was first used")
+                )
+            array[row] = 0
+        super().__setitem__(images, torch.from_numpy(array))
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -220,8 +271,8 @@ def opened(path, mode="r+b"):
         raise
 
 
-def identity_of(model: UDON, images: data.TrainBatches, views: int, preprocessing: dict) -> dict:
-    """What the features are a function of, as plain values by name."""
+def backbone_identity(model: UDON, preprocessing: dict) -> dict:
+    """What the backbone's outputs for an image are a function of, as plain values by name."""
     digest = hashlib.sha256()
     for name, value in model.backbone.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -230,6 +281,12 @@ def identity_of(model: UDON, images: data.TrainBatches, views: int, preprocessin
         "the weights of the backbone": digest.hexdigest(),
         "the backbone": getattr(model.backbone, "architecture", None),
         "the preprocessing": preprocessing,
+    }
+
+
+def identity_of(model: UDON, images: data.TrainBatches, views: int, preprocessing: dict) -> dict:
+    """What the features of training images are a function of, as plain values by name."""
+    return backbone_identity(model, preprocessing) | {
         "the images": {domain: split.digest() for domain, split in images.splits.items()},
         "--image-size": images.size,
         "--min-area": images.min_area,

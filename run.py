@@ -553,7 +553,6 @@ def build_run(
         *(config, model, architecture, preprocessing, optimizer, sampler, device),
         *(steps_per_epoch, digests, teachers, average),
         {domain: split.class_names for domain, split in splits.items()},
-        features={} if config.freeze_backbone else None,
     )
     if state is not None:
         run.restore(contents)

@@ -19,6 +19,7 @@ Copy with: checkpoint.py, distributed.py, export.py, model.py, timm_backbone.py,
     best.pt         the checkpoint of the best validation
     test.json       its test results, written at the end
     stopped.json    what is known about a loss or gradient that was not finite
+    features/       with --freeze-backbone: of all images; computed again if it is deleted
     owner           the process that uses the directory, while it does
 """
 

@@ -403,6 +403,9 @@ def train_one(
     size = run.architecture["backbone"]["image_size"]
     open_sets = functools.partial(evaluate.open_sets, benchmark, antialias=config.antialias)
     repeated = not config.freeze_backbone  # whether images are decoded more than once
+    if config.freeze_backbone:
+        directory = interruption.out / "features" / "test"  # the runs of --compare share it
+        run.features = features.TestFeatures(directory, run.model, run.preprocessing)
     test_sets, val_sets = open_sets("test", size), open_sets("val", size, keep=repeated)
     same = {f"the digest of the train images of {d}": text[:16] for d, text in run.digests.items()}
     same |= evaluate.digests(val_sets) | evaluate.digests(test_sets) | {"the step": run.step}

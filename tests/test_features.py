@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 
 import numpy as np
@@ -203,17 +204,41 @@ def test_nothing_of_the_backbone_changes(uned, finished):
     assert {line["backbone_lr"] for line in lines if "domain" in line} == {0.0}
 
 
+def test_features_of_test_images_are_found_again(uned, tmp_path):
+    """Those of the same images and backbone alone, unless the file is damaged."""
+    _, model, preprocessing = start_of(uned)
+    sets = evaluate.open_sets(data.Benchmark(uned), "val", SIZE)
+    known = features.TestFeatures(tmp_path, model, preprocessing)
+    expected = evaluate.evaluate(model, sets, preprocessing, features=known)
+    assert expected == evaluate.evaluate(model, sets, preprocessing)
+    known = features.TestFeatures(tmp_path, model, preprocessing)
+    images = evaluate.open_sets(data.Benchmark(uned), "val", SIZE)["cars"].queries
+    assert images in known and known[images].shape == (20, 96)
+    assert data.TestImages(images.split, SIZE + 1) not in known
+    assert evaluate.open_sets(data.Benchmark(uned), "test", SIZE)["cars"].queries not in known
+    changed = {**preprocessing, "std": (0.4,) * 3}
+    assert images not in features.TestFeatures(tmp_path, model, changed)
+    os.truncate(known.path(images), 500)
+    known = features.TestFeatures(tmp_path, model, preprocessing)
+    assert images not in known
+    assert evaluate.evaluate(model, sets, preprocessing, features=known) == expected
+    model.backbone.cls_token.data += 1
+    assert images not in features.TestFeatures(tmp_path, model, preprocessing)
+
+
 def test_images_are_embedded_once(uned, tmp_path, monkeypatch):
     """Those of validation, too, however often it comes; a run that is done needs no features."""
     counts, normalise = [], data.normalise
     monkeypatch.setattr(data, "normalise", lambda *x: counts.append(len(x[0])) or normalise(*x))
     train(tmp_path / "run", data=uned, val_every=2)
     assert sum(counts) == 40 * (1 + VIEWS) + 40 + (20 + 10 + 10)  # train, val, test and index
-    for path in (tmp_path / "run" / "features").iterdir():
+    counts.clear()
+    udon.main(["train", "--out", str(tmp_path / "run"), "--resume", "--steps", "14"])
+    assert checkpoint.read(tmp_path / "run" / "last.pt")["step"] == 14 and not counts
+    for path in (tmp_path / "run" / "features").glob("*.npy"):
         path.unlink()
-    (tmp_path / "run" / "features").rmdir()
     resume(tmp_path / "run")
-    assert not (tmp_path / "run" / "features").exists()
+    assert not counts and not list((tmp_path / "run" / "features").glob("*.npy"))
 
 
 def test_compared_methods_share_the_features(uned, tmp_path):
@@ -327,7 +352,9 @@ def test_a_bad_image_is_skipped_and_stays_known(tmp_path, monkeypatch):
     likewise if the second of two processes finds it."""
     write_uned(tmp_path / "data", domains=("birds",), images=50)
     bad, row = tmp_path / "data" / "images" / "birds" / "train" / "0_21.png", 21
-    bad.write_bytes(b"no image")
+    bad_test = tmp_path / "data" / "images" / "birds" / "test" / "8_3.png"
+    for path in (bad, bad_test):
+        path.write_bytes(b"no image")
     changes = dict(data=tmp_path / "data", on_bad_image="skip", batch_size=50, workers=1)
     one, two, drawn = tmp_path / "one", tmp_path / "two", []
     getitem = features.FeatureBatches.__getitem__
@@ -345,7 +372,8 @@ def test_a_bad_image_is_skipped_and_stays_known(tmp_path, monkeypatch):
     assert len(drawn) == 12 and not any(drawn)
     train_on_two_processes(two, **changes)
     for out in (one, two):
-        assert json.loads((out / "skipped.json").read_text()).keys() == {str(bad)}
+        assert json.loads((out / "skipped.json").read_text()).keys() == {str(bad), str(bad_test)}
+        assert json.loads((out / "test.json").read_text())["domains"]["birds"]["queries"] == 199
         about = json.loads((out / "features" / "about.json").read_text())
         assert about["bad_rows"]["birds"].keys() == {str(row)}
     assert_same_features(one, two)
@@ -400,9 +428,7 @@ def test_features_of_an_equal_run_are_used_again(uned, finished, tmp_path):
     ],
 )
 def test_damaged_features_are_refused(uned, finished, tmp_path, capsys, damage):
-    (tmp_path / "features").mkdir()
-    for path in (finished[0] / "features").iterdir():
-        (tmp_path / "features" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(finished[0] / "features", tmp_path / "features")
     damage(tmp_path / "features")
     sentence = refusal(capsys, *options_of(data=uned), "--out", tmp_path)
     assert "are damaged" in sentence and "delete that directory" in sentence
