@@ -14,7 +14,7 @@ from checkpoint import CheckpointError
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import data  # of the program
-import numpy, torch
+import numpy, sys, torch
 from PIL import Image
 
 model, preprocess = torch.hub.load({root!r}, "udon", source="local", checkpoint={run!r})
@@ -22,7 +22,7 @@ numpy.save("vectors.npy", model.embed(preprocess(Image.open("a.png"))).detach().
 import model as other
 
 assert (data.name, other.name) == ("mine", "mine, too")
-assert not hasattr(__import__("sys").modules.get("search"), "Embedder")
+assert sys.modules["data"] is data and "search" not in sys.modules
 """
 
 
