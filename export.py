@@ -140,7 +140,7 @@ central square; values in 0..1, less the mean {mean}, divided by {std}.
 
 ## Training and results
 
-{options}; step {step:,}. Data: {data}.
+Options: {options}; step {step:,}. Data: {data}.
 
 {results}
 
@@ -190,7 +190,7 @@ def card(contents: dict, results: dict | None) -> str:
         antialias="with" if preprocessing["antialias"] else "without",
         mean=triple(preprocessing["mean"]),
         std=triple(preprocessing["std"]),
-        options=plain(", ".join(given)) or "Options unknown",
+        options=plain(", ".join(given)) or "unknown",
         step=contents["step"],
         data=plain(config["data"] or no_data),
         results=results,

@@ -48,6 +48,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 import checkpoint
 import data
@@ -68,16 +69,19 @@ Picture = str | os.PathLike | Image.Image | np.ndarray
 class Embedder:
     """The student of a checkpoint, ready for pictures.
 
-    path    a checkpoint, an exported student, or the directory of a run
-    device  "auto": a GPU where there is one
+    path      a checkpoint, an exported student, or the directory of a run
+    device    "auto": a GPU where there is one
+    backbone  the module of a run that was trained with one of its own
     Attributes: `model`, `width`, S; `size`, the side of its images; `preprocessing`, {"mean",
     "std", "antialias"}; `digest` of all these and the weights.
     Raises checkpoint.CheckpointError for a file that cannot be used, InputError for a device.
     """
 
-    def __init__(self, path: str | os.PathLike, device: str = "auto"):
+    def __init__(
+        self, path: str | os.PathLike, device: str = "auto", backbone: nn.Module | None = None
+    ):
         self.path, self.device = Path(path), data.usable_device(device)
-        self.model, contents = checkpoint.load(path, self.device)
+        self.model, contents = checkpoint.load(path, self.device, backbone)
         checkpoint.check_student(path, contents)
         self.preprocessing = contents["preprocessing"]
         self.width = contents["architecture"]["student_dim"]

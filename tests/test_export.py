@@ -308,7 +308,7 @@ def test_the_card_of_converted_weights(student_run):
     """flax_weights.py knows no option of theirs."""
     contents = checkpoint.read(student_run / "best.pt")
     text = export.card(contents | {"config": {"data": None, "domains": None}}, None)
-    assert "Options unknown" in text and "Data: unknown" in text
+    assert "Options: unknown" in text and "Data: unknown" in text
     assert "the authors of the weights" in text.split("## Licence")[1]
 
 

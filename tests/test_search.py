@@ -25,6 +25,7 @@ import evaluate
 import folders
 import images
 import search
+from model import UDON
 
 ROOT = Path(__file__).parents[1]
 ODD = os.fsdecode(b"caf\xe9 \ttab\nline")  # not UTF-8; a tab and a line break
@@ -164,6 +165,26 @@ def test_weights_that_have_diverged(student_run, tmp_path, album):
     checkpoint.save(tmp_path / "a.pt", written)
     with pytest.raises(images.InputError, match="are not finite"):
         search.Embedder(tmp_path / "a.pt", "cpu").embed([album / "one.png"])
+
+
+class Brightness(torch.nn.Module):
+    width = 3
+
+    def forward(self, images):
+        return images.mean((2, 3))
+
+
+def test_a_backbone_of_ones_own(student_run, album, tmp_path):
+    written = checkpoint.read(student_run / "best.pt")
+    model = UDON(Brightness(), {}, student_dim=5, teacher_dim=0)
+    architecture = {"backbone": {"module": "m.Brightness", "image_size": 32}, "classes": {}}
+    architecture |= {"student_dim": 5, "teacher_dim": 0, "head_layers": 1}
+    written |= {"model": model.state_dict(), "architecture": architecture}
+    checkpoint.save(tmp_path / "own.pt", written)
+    embedder = search.Embedder(tmp_path / "own.pt", "cpu", Brightness())
+    assert embedder.embed(album / "one.png").shape == (1, 5)
+    with pytest.raises(checkpoint.CheckpointError, match="the module m.Brightness"):
+        search.Embedder(tmp_path / "own.pt", "cpu")
 
 
 def test_the_digest_is_of_what_determines_a_vector(student_run, embedder, tmp_path):
