@@ -480,13 +480,11 @@ def allocate_moments(run, trained: set[nn.Parameter]) -> None:
 
 
 def generated(run, splits, domain: str) -> tuple[str, torch.Tensor, torch.Tensor]:
-    """A batch of random pixels and labels: the share of this process."""
+    """A batch of random images, or features, and labels: the share of this process."""
     share = distributed.share(run.config.batch_size)
     shape = (share.stop - share.start, *input_shape(run))
     random = torch.Generator().manual_seed(run.config.seed)
     images = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
-    if run.config.freeze_backbone:
-        images = images.half()
     labels = torch.randint(0, splits[domain].num_classes, shape[:1], generator=random)
     return domain, images, labels
 

@@ -99,6 +99,7 @@ STUDENTS = BACKBONE + HEAD + STUDENT * sum(CLASSES.values())
             BACKBONE + TEACHER_HEAD + 70 * TEACHER,
             BACKBONE + 2 * TEACHER_HEAD + 75 * TEACHER,
         ),
+        ({"method": "teachers", "inactive_heads": "zero"}, ALL, ALL, ALL),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -463,7 +464,7 @@ def test_a_dry_run_is_not_resumed(tmp_path, monkeypatch, capsys):
 
 def test_moments_are_those_of_a_whole_run():
     """Before the measurement the optimizer holds what it will hold; no weight has moved."""
-    run = run_of()
+    run = run_of(weight_decay=0.5)
     before = [p.detach().clone() for p in run.model.parameters()]
     trained = memory_of(run).trained
     plan.allocate_moments(run, trained)
@@ -516,5 +517,9 @@ def test_a_dry_run_of_two_processes(manifests, tmp_path):
     assert not (tmp_path / "1.txt").read_text()
     printed = (tmp_path / "0.txt").read_text()
     assert "2 images at a time in each process" in printed
+    weights, gradients = map(
+        float, re.search(r"weights (\S+) \+ gradients (\S+)", printed).groups()
+    )
+    assert weights < gradients < 2 * weights, "with their sums over the processes"
     assert set(columns(printed.splitlines())) == {"birds", "cars", "all"}
     assert "peak MB: all of the process, the largest of several" in printed
