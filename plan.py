@@ -99,7 +99,7 @@ def input_shape(run) -> tuple[int, ...]:
 
 
 def traced_step(run, losses, domain: str, count: int) -> tuple[list[int], set[str]]:
-    """A step on `count` random images, or with --accumulate on two pieces of so many -> the bytes
+    """A step on `count` blank images, or with --accumulate on two pieces of so many -> the bytes
     of each tensor that is allocated, or, as a negative number, freed, in order; and the names of
     the parameters that get a gradient. The run stays as it is."""
     config = run.config
