@@ -290,7 +290,7 @@ def measure(options: argparse.Namespace) -> dict:
     torch.set_num_threads(1)
     count = estimates.UNED["train images"]
     return {
-        "command": "python -m benchmarks.scaling",
+        "command": f"python -m benchmarks.scaling --rounds {options.rounds}",
         "machine": machine("cpu"),
         "date": time.strftime("%Y-%m-%d"),
         "weak_scaling": {

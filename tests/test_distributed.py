@@ -57,9 +57,9 @@ def job(count, function, directory):
         if not process:
             be(rank, count, server.port, function, directory)
         running[rank] = process
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while running:
-        time.sleep(0.01)
+        time.sleep(0.1)  # torchrun's --monitor-interval
         ended = {rank: os.waitpid(process, os.WNOHANG) for rank, process in running.items()}
         for rank, (process, status) in ended.items():
             if process:

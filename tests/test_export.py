@@ -175,8 +175,8 @@ def test_the_lines_of_the_card_for_elsewhere(exported, tmp_path):
         f"import torch\nimages = torch.load('images.pt')\n{code}\ntorch.save(vectors, 'out.pt')"
     )
     subprocess.run([sys.executable, "elsewhere.py"], cwd=tmp_path, check=True)
-    with torch.no_grad():
-        assert torch.equal(torch.load(tmp_path / "out.pt"), model.embed(batch))
+    with torch.no_grad():  # that process may use another number of threads
+        assert torch.allclose(torch.load(tmp_path / "out.pt"), model.embed(batch), atol=1e-6)
 
 
 # ONNX ---------------------------------------------------------------------------------------------
