@@ -214,6 +214,14 @@ def measured(results: dict) -> str:
             f"{100 / row['cpu_time_beside_two_alone'] - 100:.0f} % more CPU time."
         )
     rounds = " and ".join(f"{r['rounds']} (`{m}`)" for m, r in results["weak_scaling"].items())
+    scaling = results["weak_scaling"].values()
+    others = max(used for row in scaling for used in row["processors_used_by_others"].values())
+    if others > 0.1:
+        sentences.append(
+            f"Other programs used up to {others:.1f} processors meanwhile: two processes gained "
+            "less than on a machine of their own. Two independent processes suffered alike, so "
+            "that the cost of the exchange is what these numbers show."
+        )
     return section(
         "## Measured: two processes on two processors",
         f"{results['machine']}, {results['date']}; gloo, one thread for each process, the backbone "
