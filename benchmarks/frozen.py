@@ -52,7 +52,11 @@ def train(root: str, runs: Path, seeds: int) -> list[dict]:
         print(f"{time.strftime('%H:%M:%S')} views {views}, seed {seed}", flush=True)
         directory = runs / f"views{views}" / f"seed{seed}"
         options = options_of(root, views, seed)
-        ablation.train(directory, options)
+        if not (directory / METHODS[-1] / "test.json").exists():
+            started = (directory / "last.pt").exists()
+            words = ["--resume"] if started else options
+            log = directory.with_suffix(".log")
+            ablation.call("udon.py", "train", "--out", directory, *words, log=log)
         about = json.loads((directory / "features" / "about.json").read_text(encoding="utf-8"))
         for method in METHODS:
             path = directory / ("" if method == METHODS[0] else method) / "test.json"
@@ -82,12 +86,12 @@ def fine_tuned(directory: Path) -> list[dict]:
 # Images per second --------------------------------------------------------------------------------
 
 
-def contenders(model: str, count: int) -> dict[str, tuple[Callable, int]]:
-    """{name: (a function that trains on a batch, its number of images)} of udon-joint; "backbone"
-    embeds images without training."""
+def contenders(model: str, method: str, count: int) -> dict[str, tuple[Callable, int]]:
+    """{name: (a function that trains on a batch, its number of images)}; "backbone alone" embeds
+    images without training."""
 
     def build(**options):
-        return step_overhead.build_run("udon-joint", "cpu", {"model": model, **options})
+        return step_overhead.build_run(method, "cpu", {"model": model, **options})
 
     size = step_overhead.SIZES[model]["image_size"]
     generator = torch.Generator().manual_seed(0)
@@ -102,7 +106,7 @@ def contenders(model: str, count: int) -> dict[str, tuple[Callable, int]]:
     found["features"] = (step_of(run, feature_stream(run)), run.config.batch_size)
     inputs = data.normalise(images, (0.5,) * 3, (0.5,) * 3)
     backbone = build(image_size=size).model.eval().backbone
-    found["backbone"] = (torch.inference_mode()(lambda: backbone(inputs)), count)
+    found["backbone alone"] = (torch.inference_mode()(lambda: backbone(inputs)), count)
     return found
 
 
@@ -124,17 +128,17 @@ def feature_stream(run):
     return data.stream(batches, run.sampler, 0, step_overhead.STEPS_PER_EPOCH, 0)
 
 
-def speeds(model: str, count: int, rounds: int) -> dict[str, float]:
+def speeds(model: str, method: str, count: int, rounds: int) -> dict[str, float]:
     """{contender: images per second of CPU time}: medians over the rounds, after two to warm up."""
     torch.manual_seed(0)
-    found = contenders(model, count)
+    found = contenders(model, method, count)
     seconds = {name: [] for name in found}
     for turn, (name, (function, images)) in itertools.product(range(-2, rounds), found.items()):
         started = time.process_time()
         function()
         if turn >= 0:
             seconds[name].append((time.process_time() - started) / images)
-    return {name: round(1 / statistics.median(values), 1) for name, values in seconds.items()}
+    return {name: round(1 / statistics.median(values), 2) for name, values in seconds.items()}
 
 
 # Table --------------------------------------------------------------------------------------------
@@ -152,12 +156,12 @@ def table(values: dict) -> str:
         times = [f"{once:.0f} s" if once else "", f"{steps:.0f} s"]
         lines.append([tables.code(method), names[views], *cells, str(len(runs)), *times])
     columns = ["row", "backbone", *tables.NAMES.values(), "seeds", "CPU of features", "of steps"]
-    rates = [
-        [tables.code(model), *(f"{row[name]:,.0f}" for name in row)]
-        for model, row in values["images_per_second"].items()
-    ]
-    first = next(iter(values["images_per_second"].values()))
-    heads = ["backbone", *(f"images/s, {name}" for name in first)]
+    rates, heads = [], []
+    for model, method in itertools.product(values["images_per_second"], METHODS):
+        row = values["images_per_second"][model][method]
+        cells = [f"{rate:,.{0 if rate >= 10 else 1}f}" for rate in row.values()]
+        rates.append([tables.code(model), tables.code(method), *cells])
+        heads = ["model", "row", *row]
     return f"{tables.markdown(columns, lines)}\n\n{tables.markdown(heads, rates)}\n"
 
 
@@ -205,7 +209,10 @@ def main(arguments: list[str] | None = None) -> None:
                 "version": ablation.version(),
                 "date": time.strftime("%Y-%m-%d"),
             }
-            rates = {model: speeds(model, *sizes) for model, sizes in MODELS.items()}
+            rates = {
+                model: {method: speeds(model, method, *sizes) for method in METHODS}
+                for model, sizes in MODELS.items()
+            }
             runs = fine_tuned(ablation.RESULTS) + runs
             write_json(options.out, about | {"images_per_second": rates, "runs": runs})
         values = read(Path(options.out))

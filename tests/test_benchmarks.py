@@ -265,7 +265,8 @@ def test_frozen_and_fine_tuned_backbones(uned, tmp_path, monkeypatch):
     runs = [(x["method"], x["views"]) for x in values["runs"] if x["views"] is not None]
     assert runs == [("usc", 0), ("udon-joint", 0), ("usc", 4), ("udon-joint", 4)]
     assert str(uned) not in out.read_text()
-    assert all(rate > 0 for rate in values["images_per_second"]["micro"].values())
+    for rates in values["images_per_second"]["micro"].values():
+        assert len(rates) == 4 and min(rates.values()) > 0
     assert "| `udon-joint` | fine-tuned | 40.0 ± 0.6 | 31.6 ± 0.3 | 5 |" in file.read_text()
 
 
