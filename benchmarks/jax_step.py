@@ -6,13 +6,14 @@
 UDON as the official code trains it (inactive heads get zero gradients), with UnED's classes. The
 step in JAX is in jax_udon.py; a test compares its losses, gradients and weights with ours. All run
 in one process on one core, from the same weights and batches, a step of each in turn. Times are CPU
-time, ratios are taken within a round, and medians over the rounds.
+time, ratios are taken within a round, and medians over the rounds. The file is written after each.
 """
 
 import argparse
 import os
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -97,8 +98,8 @@ class JaxRun:
         return {name: value.item() for name, value in losses._asdict().items()}
 
 
-def measure(run: udon.Run, domains: list[str], rounds: int) -> dict[str, dict]:
-    """{domain: {"classes", "ms": {name: median}, "ratios": {name: median of time / ours}}}"""
+def measure(run: udon.Run, domains: list[str], rounds: int) -> Iterator[dict]:
+    """Yields {"rounds": number, "domains": {domain: summary}} after each round."""
     jax_run, classes = JaxRun(run), run.model.student_classifiers
     batches = {d: random_batch(run.config, classes[d].out_features) for d in domains}
     steps = {"ours": lambda domain: udon.training_step(run, iter([(domain, *batches[domain])]))}
@@ -113,31 +114,30 @@ def measure(run: udon.Run, domains: list[str], rounds: int) -> dict[str, dict]:
                 if turn >= 0:
                     times[domain][name].append(time.process_time() - started)
         print(f"round {turn + 1} of {rounds}", flush=True)
+        if turn >= 0:
+            yield {"rounds": turn + 1, "domains": {d: summary(times[d]) for d in domains}}
+
+
+def summary(times: dict[str, list[float]]) -> dict[str, dict]:
+    """{"ms": {name: median}, "ratios": {name: time / ours, as of shared.spread}}"""
     return {
-        domain: {
-            "classes": classes[domain].out_features,
-            "ms": {name: round(1e3 * statistics.median(x), 1) for name, x in row.items()},
-            "ratios": {
-                name: round(statistics.median(a / b for a, b in zip(row[name], row["ours"])), 3)
-                for name in FORMS
-            },
-        }
-        for domain, row in times.items()
+        "ms": {name: round(1e3 * statistics.median(x), 1) for name, x in times.items()},
+        "ratios": {name: shared.spread(times[name], times["ours"]) for name in FORMS},
     }
 
 
 def table(result: dict) -> str:
-    """Seconds of our step, and the steps in JAX as multiples of it."""
+    """Seconds of our step, and the steps in JAX as multiples of it: median (least to greatest)."""
     lines = [
-        [f"`{domain}`", f"{row['classes']:,}", f"{row['ms']['ours'] / 1e3:.2f}"]
-        + [f"{row['ratios'][form]:.2f}" for form in FORMS]
+        [f"`{domain}`", f"{CLASSES[domain]:,}", f"{row['ms']['ours'] / 1e3:.2f}"]
+        + [shared.spread_text(row["ratios"][form]) for form in FORMS]
         for domain, row in result["domains"].items()
     ]
     heading = ["domain of the batch", "classes", "ours, s", *FORMS]
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("jax", "optax"))
     return (
-        f"{tables.markdown(heading, lines)}\n\n{result['machine']}, {versions}; {result['date']}; "
-        f"`{result['command']}`.\n"
+        f"{tables.markdown(heading, lines)}\n\n{result['rounds']} rounds; {result['machine']}, "
+        f"{versions}; {result['date']}; `{result['command']}`.\n"
     )
 
 
@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with parser.sentences(udon.USER_ERRORS):
         if options.table:
-            keys = ("domains", "machine", "versions", "date", "command")
+            keys = ("domains", "rounds", "machine", "versions", "date", "command")
             result = shared.recorded(options.out, "jax_step", keys)
             return shared.fill(options.table, "jax step", lambda: table(result))
         versions = shared.versions(PACKAGES, "interop")
@@ -195,16 +195,16 @@ def main(arguments: list[str] | None = None) -> None:
             out="runs/jax-step",
         )
         run = new_run(udon.build_model(config, CLASSES)[0], config)
-        result = {
+        about = {
             "command": command(options),
             "machine": shared.machine("cpu"),
             "versions": versions,
             "date": time.strftime("%Y-%m-%d"),
             "environment": ENVIRONMENT,
-            "rounds": options.rounds,
-            "domains": measure(run, options.domains, options.rounds),
         }
-        write_json(options.out, result)
+        for measured in measure(run, options.domains, options.rounds):
+            result = about | measured
+            write_json(options.out, result)
     print(table(result))
 
 

@@ -21,6 +21,7 @@ import tempfile
 import time
 import tracemalloc
 import unittest.mock
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -251,9 +252,19 @@ def decoded_per_second(repetitions: int) -> dict[str, float]:
             paths = [Path(directory, f"{width}_{number}.jpg") for number in range(loader.FILES)]
             for number, path in enumerate(paths):
                 loader.photo(width, height, number).save(path, quality=quality)
-            rate = loader.measure({"train": prepare}, paths, repetitions)["train"]
-            rates[name] = round(rate, 1)
+            rates[name] = round(best_rate(prepare, paths, repetitions), 1)
     return rates
+
+
+def best_rate(function: Callable, paths: list[Path], repetitions: int) -> float:
+    """Images per second of CPU time, the best of the repetitions."""
+    seconds = float("inf")
+    for _ in range(repetitions):
+        started = time.process_time()
+        for path in paths:
+            function(path)
+        seconds = min(seconds, time.process_time() - started)
+    return len(paths) / seconds
 
 
 def bytes_of_an_image(count: int = 100_000) -> float:

@@ -1,6 +1,7 @@
 """The command lines of benchmarks/: bad input gets one sentence before any work; small runs."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +22,12 @@ import model
 import udon
 from benchmarks import (
     ablation,
+    embedding,
     equivalence,
     estimates,
     frozen,
     jax_step,
+    loader,
     principal_axes,
     procedural,
     scaling,
@@ -136,6 +139,18 @@ BAD = {
         ("--table topk.md", "jax_step.json"),
         ("--table nowhere.md --out foreign.csv", "foreign.csv"),
     ),
+    embedding: (
+        ("--images 0", "'0'"),
+        ("--models nonsense", "'nonsense'"),
+        ("--core 1000000", "1000000"),
+        ("--out nowhere/x.json", "nowhere/x.json"),
+        ("--table nowhere.md --out foreign.csv", "foreign.csv"),
+    ),
+    loader: (
+        ("--images 0", "'0'"),
+        ("--out nowhere/x.json", "nowhere/x.json"),
+        ("--table nowhere.md --out foreign.csv", "foreign.csv"),
+    ),
     equivalence: (
         ("", "--data"),
         ("--data nowhere", "nowhere"),
@@ -176,6 +191,8 @@ def directory(tmp_path, monkeypatch):
         (uned_size, "synthetic"),
         (step_overhead, "stepper"),
         (jax_step, "measure"),
+        (embedding, "measure"),
+        (loader, "measure"),
         (frozen, "train"),
         (principal_axes, "measure"),
         (ablation.Grid, "run"),
@@ -248,6 +265,57 @@ def test_step_overhead(tmp_path, monkeypatch):
     assert list(times) == ["usc", "udon", "distill-8"]
     assert times["usc"]["to_usc"] == 1
     assert all(ratio > 0 for row in times.values() for ratio in row.values())
+
+
+def measured(module, options, name, tmp_path, monkeypatch):
+    """A small measurement and its table between marks -> the result, the table."""
+    out, file = tmp_path / f"{name}.json", tmp_path / f"{name}.md"
+    file.write_text(MARKED.format(name))
+    affinity = getattr(os, "sched_getaffinity", lambda _: None)(0)
+    threads = torch.get_num_threads()
+    try:
+        run(module, [*options.split(), "--out", out], monkeypatch)
+    finally:
+        torch.set_num_threads(threads)
+        if affinity:
+            os.sched_setaffinity(0, affinity)
+    run(module, ["--out", out, "--table", file], monkeypatch)
+    result, text = json.loads(out.read_text()), file.read_text()
+    assert text == MARKED.format(name).replace("old\n", module.table(result))
+    return result, text
+
+
+@pytest.fixture
+def torchvision():
+    try:
+        shared.import_torchvision()
+    except ImportError:
+        pytest.skip("torchvision is not installed")
+
+
+def test_embedding(torchvision, tmp_path, monkeypatch):
+    """Outputs equal to timm's, which the benchmark asserts, and the table."""
+    pytest.importorskip("timm")
+    tiny = dict(image_size=160, patch_size=16, width=64, depth=6, heads=2, mlp_ratio=3)
+    monkeypatch.setattr(embedding, "MODELS", {"tiny": "test_vit"})
+    monkeypatch.setitem(model.SIZES, "tiny", tiny)
+    options = "--models tiny --images 2 --rounds 1"
+    result, text = measured(embedding, options, "embedding", tmp_path, monkeypatch)
+    assert result["command"].endswith(f"embedding {options}")
+    assert 0 < result["models"]["tiny"]["difference"] < embedding.TOLERANCE
+    assert min(result["models"]["tiny"]["images_per_second"].values()) > 0
+    assert "| `tiny` |" in text
+
+
+def test_loader(torchvision, tmp_path, monkeypatch):
+    """Batches of ours and torchvision's by two processes, and the table."""
+    monkeypatch.setattr(loader, "PICTURES", ((60, 40, 90),))
+    options = "--size 16 --images 8 --batch-size 2 --workers 2 --rounds 1"
+    result, text = measured(loader, options, "loader", tmp_path, monkeypatch)
+    for row in result["pictures"]["60 x 40"].values():
+        assert min(row["images_per_second"].values()) > 0
+        assert 0 < row["cpu"]["least"] <= row["cpu"]["most"]
+    assert "| 60 x 40 | train |" in text
 
 
 def test_frozen_and_fine_tuned_backbones(uned, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ import model
 import pretrained
 import run
 import udon
-from benchmarks import jax_step
+from benchmarks import jax_step, shared
 from config import Config
 from timm_backbone import TimmBackbone, TimmError
 
@@ -29,19 +29,8 @@ SIZES = dict(image_size=32, patch_size=8, width=48, depth=2, heads=3)
 TOLERANCE = 1e-5  # absolute, on features whose entries are about 1
 
 
-def import_torchvision():
-    """timm and transformers import torchvision. Beside a build of torch that its binary does not
-    match, it lacks operators and fails; these tests need none of them."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            torch.library.define(f"torchvision::{name}", schema)
-
-
 with contextlib.suppress(ImportError):
-    import_torchvision()
+    shared.import_torchvision()
 
 
 def randomise(module, seed=0):
