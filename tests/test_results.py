@@ -9,7 +9,16 @@ import pytest
 
 import config
 import evaluate
-from benchmarks import ablation, estimates, one_step, procedural, rows, tables, topk
+from benchmarks import (
+    ablation,
+    estimates,
+    jax_step,
+    one_step,
+    procedural,
+    rows,
+    tables,
+    topk,
+)
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -55,6 +64,12 @@ def test_one_training_step():
     assert {k: v[0] for k, v in again["tensors"].items()} == {
         k: v[0] for k, v in values["tensors"].items()
     }
+
+
+@pytest.mark.parametrize("name, module", [("jax step", jax_step)])
+def test_tables_of_speed(name, module):
+    file = RESULTS / f"{name.replace(' ', '_')}.json"
+    assert marked(name) == module.table(recorded(file))
 
 
 def test_table_of_retrieval():
