@@ -136,7 +136,8 @@ BAD = {
         ("--domains nonsense", "'nonsense'"),
         ("--core 1000000", "1000000"),
         ("--out nowhere/x.json", "nowhere/x.json"),
-        ("--table topk.md", "jax_step.json"),
+        ("--table topk.md", "topk.md"),
+        ("--table topk.md --out none.json", "none.json"),
         ("--table nowhere.md --out foreign.csv", "foreign.csv"),
     ),
     embedding: (
