@@ -44,6 +44,7 @@ COMPACT = {
     "head_lr": 3e-3,
     "backbone_lr": 3e-4,
     "frozen_epochs": 1.0,
+    "student_init": "pca",
 }
 PRESETS = {
     # Ours, chosen on validation splits, with the compact weights in weights/.
@@ -165,9 +166,10 @@ class Config:
     student_dim: int = 64
     """Width of the universal embedding (paper section 4)."""
     student_init: Literal["lecun", "pca"] = "lecun"
-    """Initial student head: random (official setting: Lecun-normal), or the first principal axes of
-    the backbone's embeddings of training images, so that training starts from what the backbone
-    already tells apart."""
+    """What heads and classifiers start from: lecun, random numbers (official setting), or pca, the
+    training images as the backbone embeds them. With pca the student head holds the first principal
+    axes, the teacher heads keep the angles between images, and a class starts at the mean of its
+    images; a small data set needs this to be better than the backbone alone."""
     teacher_dim: int = 256
     """Width of the teacher embeddings (paper section 4)."""
     head_layers: int = 1
@@ -433,11 +435,11 @@ def check_features(config):
 
 
 def check_head(config):
-    """Raises ConfigError for a student head that principal axes cannot fill."""
+    """Raises ConfigError for heads that principal axes cannot fill."""
     require(
         config.student_init == "lecun" or config.head_layers == 1,
         f"--student-init is pca with --head-layers {config.head_layers}: principal axes fill a "
-        "single layer, use --head-layers 1",
+        "single layer, use --head-layers 1 or --student-init lecun",
     )
 
 

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -30,14 +29,13 @@ import config as options
 import data
 import distributed
 import evaluate
+import heads
 import pretrained
 import rundir
 from config import Config, ConfigError
 from distributed import GradientSum
 from model import SIZES, UDON
 from sampler import DomainSampler
-
-AXES_IMAGES = 4096  # of which the principal axes of the student's start are computed
 
 
 @dataclass
@@ -315,67 +313,6 @@ def load_initial_weights(backbone, config) -> pretrained.Preprocessing:
     return pretrained.Preprocessing(*pretrained.STATISTICS.get(config.init_statistics, own))
 
 
-def continue_heads(model: UDON, config: Config, splits: dict[str, data.Split]) -> list[str]:
-    """Fills the heads and classifiers that a checkpoint given as --init has, too, and says which
-    -> the names of their modules.
-
-    The student head and the teacher heads of the same domains are filled where their sizes are
-    equal, the classifiers where the domain has the same classes in the same order.
-    """
-    path = initial_weights(config)
-    if not checkpoint.is_checkpoint(path):
-        return []
-    contents = checkpoint.read(path)
-    names, filled = contents.get("class_names", {}), []
-    known = {domain for domain in splits if names.get(domain) == splits[domain].class_names}
-    groups = {"the student head": {"": model.student_head}, "teacher heads": model.teacher_heads}
-    for role in ("student", "teacher"):
-        classifiers = getattr(model, f"{role}_classifiers").items()
-        groups[f"{role} classifiers"] = {d: module for d, module in classifiers if d in known}
-    prefixes = {module: name for name, module in model.named_modules()}
-    texts = ["the backbone"]
-    for group, modules in groups.items():
-        domains = []
-        for domain, module in modules.items():
-            own = module.state_dict()
-            saved = {key: contents["model"].get(f"{prefixes[module]}.{key}") for key in own}
-            if all(saved[key] is not None and saved[key].shape == own[key].shape for key in own):
-                module.load_state_dict(saved)
-                filled.append(prefixes[module])
-                domains.append(domain)
-        if domains:
-            texts.append(f"{group} of {', '.join(domains)}" if domains[0] else group)
-    print(f"from {path}: {'; '.join(texts)}; all else is new")
-    return filled
-
-
-@torch.no_grad()
-def start_from_principal_axes(
-    model: UDON, splits: dict, size: int, preprocessing: dict, device: str
-) -> None:
-    """Sets the student head to the projection on the principal axes of the backbone's embeddings of
-    training images, equally many of each domain: x -> W (x - mean), with orthonormal rows."""
-    head, width = model.student_head, model.backbone.width
-    if head.out_features > width:
-        raise ConfigError(
-            f"--student-dim is {head.out_features} with --student-init pca, but the backbone has "
-            f"{width} outputs, and no more axes: use {width} or less, or --student-init lecun"
-        )
-    rows = []
-    for split in splits.values():
-        count = min(len(split), AXES_IMAGES // len(splits) + 1)
-        spread = split.select(np.arange(count) * len(split) // count)
-        images = data.TestImages(spread, size, antialias=preprocessing["antialias"])
-        rows.append(evaluate.embed(model.embed_backbone, images, preprocessing, device).double())
-    rows = torch.cat(rows)
-    mean = rows.mean(0)
-    _, axes = torch.linalg.eigh((rows - mean).T @ (rows - mean))  # columns, the largest last
-    axes = axes.flip(1).T[: head.out_features]
-    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # eigh leaves it open
-    head.weight.copy_(axes)
-    head.bias.copy_(-axes @ mean)
-
-
 def initial_weights(config) -> str | Path:
     """The file that --init names; of the directory of a run, best.pt."""
     if config.init != "compact":
@@ -502,11 +439,13 @@ def start_model(config, splits, device, backbone) -> tuple[UDON, dict, dict]:
     """build_model, with what its heads start from."""
     classes = {domain: split.num_classes for domain, split in splits.items()}
     model, architecture, preprocessing = build_model(config, classes, backbone)
-    continued = continue_heads(model, config, splits) if backbone is None else []
+    filled = []
+    if backbone is None and checkpoint.is_checkpoint(path := initial_weights(config)):
+        filled = heads.continue_heads(model, path, splits)
     model.to(device)
-    if config.student_init == "pca" and "student_head" not in continued:
+    if config.student_init == "pca":
         size = architecture["backbone"]["image_size"]
-        start_from_principal_axes(model, splits, size, preprocessing, device)
+        heads.start_from_images(model, splits, size, preprocessing, filled, config.seed)
     return model, architecture, preprocessing
 
 

@@ -612,7 +612,7 @@ def dry_run(config: Config) -> None:
     """Prints what `train` would take, measured on generated images. Writes nothing."""
     with distributed.processes(config.device), products("high"):
         if config.student_init == "pca":
-            print("note: here, the student starts at random; its principal axes need images")
+            print("note: heads and classifiers start at random here; real ones start from images")
             config = dataclasses.replace(config, student_init="lecun")
         splits = plan.training_splits(data.Benchmark(config.data, config.domains))
         run = build_run(config, splits)

@@ -95,7 +95,7 @@ class Grid:
     def options(self, row: str, seed: int) -> list:
         """Options of `python udon.py train` for one row and seed."""
         options = ["--data", self.root, "--seed", seed, "--workers", 0]
-        options += rows.ROWS[row].options.split()
+        options += f"{rows.START} {rows.ROWS[row].options}".split()
         if teachers := rows.ROWS[row].teachers:
             path = self.runs / teachers / f"seed{seed}"
             one_each = teachers.startswith("specialists")

@@ -5,6 +5,7 @@
     VARIATIONS    {row: Row}: one component of udon-joint, or the model, changed
     SETTINGS      {row: Row}: one setting changed
     TRIED         {row: (description, base row)}: results of code that is not part of the project
+    START         further options of all rows
     config_of     the Config of a row
 
 A variation or a setting is named after the row that it changes: udon-rr-scale-32 changes udon-rr.
@@ -18,6 +19,7 @@ import udon
 from config import Config
 
 MAIN_SEEDS, SEEDS, SETTING_SEEDS = 5, 3, 2
+START = "--student-init lecun"  # random heads, the default of the time; see benchmarks/start.py
 BASELINE = "usc"
 
 
@@ -163,7 +165,7 @@ TRIED = {
 
 def config_of(row: str, **defaults: object) -> Config:
     """The configuration of a row; `defaults` are options that the row does not set itself."""
-    given = parsed(ROWS[row].options)
+    given = parsed(f"{START} {ROWS[row].options}")
     if ROWS[row].teachers:
         given = given | {"teachers": ROWS[row].teachers}
     return config.configuration(defaults | given, resume=False)

@@ -40,7 +40,8 @@ IMPORTS = {  # of our own files; a file may import no others
     "features": "checkpoint data distributed model",
     "plan": "config data distributed features large_classes sampler",
     "flax_weights": "checkpoint model pretrained timm_backbone",
-    "run": "checkpoint config data distributed evaluate model pretrained rundir sampler",
+    "heads": "checkpoint data evaluate model",
+    "run": "checkpoint config data distributed evaluate heads model pretrained rundir sampler",
     "udon": "checkpoint config data distributed evaluate features large_classes losses model "
     "plan pretrained run rundir",
 }

@@ -1,0 +1,162 @@
+"""Heads and classifiers that start from the training images, beside those that start at random.
+
+    python -m benchmarks.start --data DIR... [--methods M...]   trains what is missing
+    python -m benchmarks.start --cut DIR OUT --images 10        a smaller data set: OUT holds the
+        [--classes 25] [--domains D...]                         first images of the first classes
+    python -m benchmarks.start --table results/README.md        writes the tables, trains nothing
+
+Each data set is trained with every method, both values of --student-init and several seeds, all
+else by default, on one thread. Results: results/start/<data set>/<method>-<start>/seed<N>.json;
+an interrupted run is resumed from its checkpoint in runs/start/.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import data
+import udon
+from benchmarks import ablation, shared, tables
+from benchmarks.shared import positive
+from checkpoint import write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, RUNS = ROOT / "results" / "start", ROOT / "runs" / "start"
+METHODS = ("udon-joint", "udon", "usc", "ujc")
+STARTS = ("lecun", "pca")
+KEPT = ("mean", "domains", "val_recall_at_1", "step", "images", "cpu_seconds")
+
+# Runs ---------------------------------------------------------------------------------------------
+
+
+def train(root: Path, method: str, start: str, seed: int, results: Path, runs: Path) -> None:
+    """Trains and tests one run, unless its result exists."""
+    place = Path(root.name, f"{method}-{start}", f"seed{seed}")
+    target = (results / place).with_suffix(".json")
+    if target.exists():
+        return
+    options = ["--data", root, "--method", method, "--student-init", start, "--seed", seed]
+    options = [str(option) for option in [*options, "--workers", 0]]
+    result = ablation.train(runs / place, options)
+    command = " ".join(["python udon.py train", *options]).replace(str(root), root.name)
+    about = {"data": root.name, "method": method, "start": start, "seed": seed, "command": command}
+    about |= {name: result[name] for name in KEPT} | {"backbone": result["backbone"]["mean"]}
+    about |= {"version": ablation.version(), "machine": shared.machine("cpu")}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_json(target, about | {"date": time.strftime("%Y-%m-%d")})
+    recall = 100 * result["mean"]["recall_at_1"]
+    print(f"{time.strftime('%H:%M:%S')} {place}: R@1 {recall:.2f}", flush=True)
+
+
+def cut(root: Path, out: Path, images: int, classes: int | None, domains: list | None) -> None:
+    """Writes a data directory with the first `images` training images of the first `classes`
+    classes of each domain; val and test stay. Its images are a link to those of `root`."""
+    for domain in data.Benchmark(str(root), domains).domains:
+        for name in ("train", "val", "test"):
+            file = Path("info_files", domain, f"{name}.json")
+            rows = json.loads((root / file).read_text(encoding="utf-8"))
+            if name == "train":
+                kept = {}
+                for row in rows:
+                    kept.setdefault(row["class_id"], []).append(row)
+                kept = list(kept.values())[:classes]
+                rows = [row for one in kept for row in one[:images]]
+            (out / file).parent.mkdir(parents=True, exist_ok=True)
+            write_json(out / file, rows)
+    os.symlink(root.resolve() / "images", out / "images", target_is_directory=True)
+
+
+# Tables -------------------------------------------------------------------------------------------
+
+
+def read(directory: Path) -> dict[str, tables.Results]:
+    """{data set: {"<method>-<start>": {seed: result}}}. Raises data.InputError for a file that is
+    no result."""
+    found = {}
+    for file in sorted(directory.glob("*/*/seed*.json")):
+        try:
+            result = json.loads(file.read_text(encoding="utf-8"))
+            row = f"{result['method']}-{result['start']}"
+            for name in (*KEPT, "backbone"):
+                result[name]
+            found.setdefault(result["data"], {}).setdefault(row, {})[result["seed"]] = result
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise data.InputError(
+                f"{file} is not the result of a run ({type(error).__name__}: {error}): delete it "
+                "and train it again"
+            ) from None
+    return dict(sorted(found.items(), key=lambda item: -size_of(item[1])))
+
+
+def size_of(results: tables.Results) -> int:
+    """The number of training images."""
+    return sum(tables.first(tables.first(results))["images"].values())
+
+
+def table(found: dict[str, tables.Results]) -> str:
+    """One row per data set and method: both starts, their difference, CPU time."""
+    lines = []
+    for (name, results), method in itertools.product(found.items(), METHODS):
+        rows = [f"{method}-{start}" for start in STARTS]
+        if not all(row in results for row in rows):
+            continue
+        backbone = tables.first(results[rows[0]])["backbone"]
+        cells = [f"`{name}`", tables.code(method)]
+        for metric in tables.NAMES:
+            cells.append(f"{100 * backbone[metric]:.1f}")
+            cells += [
+                tables.mean_interval(map(tables.mean_of(metric), results[row].values()))
+                for row in rows
+            ]
+            cells.append(tables.difference(results, *rows[::-1], tables.mean_of(metric)))
+        seconds = [
+            statistics.fmean(r["cpu_seconds"] for r in results[row].values()) for row in rows
+        ]
+        cells.append(" / ".join(f"{value:.0f}" for value in seconds))
+        cells.append(" / ".join(str(len(results[row])) for row in rows))
+        lines.append(cells)
+    heading = ["data", "method"]
+    for metric in tables.NAMES.values():
+        heading += [f"{metric}: backbone", "random", "images", "difference"]
+    return tables.markdown([*heading, "CPU s", "n"], lines)
+
+
+# Command line -------------------------------------------------------------------------------------
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = data.Parser(description="Heads that start from images, beside random ones.")
+    parser.add_argument("--data", nargs="+", type=Path, metavar="DIR", help="data directories")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="M")
+    parser.add_argument("--seeds", type=positive, default=5, help="(default: 5)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="(default: results/start)")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="(default: runs/start)")
+    parser.add_argument("--cut", nargs=2, type=Path, metavar=("DIR", "OUT"))
+    parser.add_argument("--images", type=positive, default=10, help="of a class (default: 10)")
+    parser.add_argument("--classes", type=positive, help="of a domain (default: all)")
+    parser.add_argument("--domains", nargs="+", metavar="D", help="(default: all)")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="write the table into this file")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = command_line()
+    options = parser.parse_args(arguments)
+    if not (options.data or options.table or options.cut):
+        parser.error("give --data to train, --cut to make a smaller data set or --table")
+    with parser.sentences(udon.USER_ERRORS):
+        if options.cut:
+            cut(*options.cut, options.images, options.classes, options.domains)
+        runs = itertools.product(range(options.seeds), options.data or (), options.methods, STARTS)
+        for seed, root, method, start in runs:
+            train(root.absolute(), method, start, seed, options.results, options.runs.absolute())
+        if options.table:
+            tables.write(options.table, "start", lambda: table(read(options.results)))
+
+
+if __name__ == "__main__":
+    main()

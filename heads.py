@@ -1,0 +1,141 @@
+"""What the heads and classifiers of a run start from, besides random numbers.
+
+    continue_heads(model, path, splits)      those of another run that fit (--init RUN)
+    start_from_images(model, splits, ...)    the training images (--student-init pca)
+
+Copy with: data, model, checkpoint and evaluate, and what they import.
+"""
+
+from collections.abc import Container
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import data
+import evaluate
+from model import UDON
+
+CLASS_IMAGES = 20  # of each class, at most, that a start is computed from
+
+
+def continue_heads(model: UDON, path: str | Path, splits: dict[str, data.Split]) -> list[str]:
+    """Fills the heads and classifiers that a checkpoint has, too, and says which -> the names of
+    their modules.
+
+    The student head and the teacher heads of the same domains are filled where their sizes are
+    equal, the classifiers where the domain has the same classes in the same order.
+    """
+    contents = checkpoint.read(path)
+    names, filled = contents.get("class_names", {}), []
+    known = {domain for domain in splits if names.get(domain) == splits[domain].class_names}
+    groups = {"the student head": {"": model.student_head}, "teacher heads": model.teacher_heads}
+    for role in ("student", "teacher"):
+        classifiers = getattr(model, f"{role}_classifiers").items()
+        groups[f"{role} classifiers"] = {d: module for d, module in classifiers if d in known}
+    prefixes = {module: name for name, module in model.named_modules()}
+    texts = ["the backbone"]
+    for group, modules in groups.items():
+        domains = []
+        for domain, module in modules.items():
+            own = module.state_dict()
+            saved = {key: contents["model"].get(f"{prefixes[module]}.{key}") for key in own}
+            if all(saved[key] is not None and saved[key].shape == own[key].shape for key in own):
+                module.load_state_dict(saved)
+                filled.append(prefixes[module])
+                domains.append(domain)
+        if domains:
+            texts.append(f"{group} of {', '.join(domains)}" if domains[0] else group)
+    print(f"from {path}: {'; '.join(texts)}; all else is new")
+    return filled
+
+
+@torch.no_grad()
+def start_from_images(
+    model: UDON,
+    splits: dict[str, data.Split],
+    size: int,
+    preprocessing: dict,
+    filled: Container[str] = (),
+    seed: int = 0,
+) -> None:
+    """Sets heads and classifiers so that training starts from what the backbone already tells
+    apart, and random gradients do not destroy it.
+
+    The student head becomes x -> W (x - mean), with the first principal axes of the backbone's
+    embeddings of training images, each domain with the same weight, in the rows of W. A teacher
+    head becomes the same for the images of its domain. A head that is wider than the backbone gets
+    a random W with orthonormal columns, which keeps all angles. The weights of a class become the
+    embedding of the mean of its images (weight imprinting, arXiv:1712.07136).
+
+    splits   {domain: training images}, of `size` pixels; at most 20 images of a class are used
+    filled   the names of modules that stay as they are
+    seed     of the random W
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    moments, centres, count = {}, {}, 0
+    for domain, split in splits.items():
+        some = images_of_each_class(split.classes)
+        images = data.TestImages(split.select(some), size, antialias=preprocessing["antialias"])
+        rows = evaluate.embed(model.embed_backbone, images, preprocessing, device).double()
+        good = [row for row in range(len(some)) if row not in images.split.bad_rows]
+        moments[domain] = rows[good].mean(0), torch.cov(rows[good].T, correction=0)
+        centres[domain] = class_means(rows[good], split.classes[some][good], split.num_classes)
+        count += len(good)
+    means, covariances = (torch.stack(part) for part in zip(*moments.values()))
+    pooled = means.mean(0), covariances.mean(0) + torch.cov(means.T, correction=0)
+
+    names = {module: name for name, module in model.named_modules()}
+
+    def start(head, mean, covariance):
+        if names[head] not in filled:
+            weight = projection(covariance, head.out_features, generator)
+            head.weight.copy_(weight)
+            head.bias.copy_(-weight @ mean)
+
+    def start_classes(classifier, head, domain):
+        if names[classifier] not in filled:
+            known = centres[domain].isfinite().all(dim=1)
+            targets = head(centres[domain][known].float().to(device))
+            classifier.weight[known.to(device)] = targets
+
+    start(model.student_head, *pooled)
+    for domain in splits:
+        start_classes(model.student_classifiers[domain], model.student_head, domain)
+        if model.teacher_heads:
+            start(model.teacher_heads[domain], *moments[domain])
+            start_classes(model.teacher_classifiers[domain], model.teacher_heads[domain], domain)
+    print(f"heads and classifiers start from {count:,} training images")
+
+
+def images_of_each_class(classes: np.ndarray) -> np.ndarray:
+    """The rows of at most CLASS_IMAGES images of each class, spread evenly over its rows, in
+    ascending order. classes: (N,) in 0..C-1."""
+    order = np.argsort(classes, kind="stable")
+    counts = np.bincount(classes)
+    firsts = np.cumsum(counts) - counts
+    ranks = np.arange(len(classes)) - firsts[classes[order]]  # within the class
+    counts = counts[classes[order]]
+    kept = np.minimum(counts, CLASS_IMAGES)
+    return np.sort(order[(ranks + 1) * kept // counts > ranks * kept // counts])
+
+
+def class_means(rows: torch.Tensor, classes: np.ndarray, count: int) -> torch.Tensor:
+    """(count, D): the mean of the rows (N, D) of each class; NaN for a class without rows."""
+    classes = torch.from_numpy(classes)
+    sums = torch.zeros(count, rows.shape[1], dtype=rows.dtype).index_add_(0, classes, rows)
+    return sums / classes.bincount(minlength=count)[:, None]
+
+
+def projection(covariance: torch.Tensor, width: int, generator: torch.Generator) -> torch.Tensor:
+    """(width, D): the first principal axes, unit rows, or, where width exceeds D, random
+    orthonormal columns. covariance: (D, D)."""
+    if width > len(covariance):
+        empty = torch.empty(width, len(covariance), dtype=covariance.dtype)
+        return torch.nn.init.orthogonal_(empty, generator=generator)
+    _, axes = torch.linalg.eigh(covariance)  # columns, the largest last
+    axes = axes.flip(1).T[:width]
+    return axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # eigh leaves it open
