@@ -3,7 +3,8 @@
     continue_heads(model, path, splits)      those of another run that fit (--init RUN)
     start_from_images(model, splits, ...)    the training images (--student-init pca)
 
-Copy with: data, model, checkpoint and evaluate, and what they import.
+Copy with: data, folders, images, procedural, evaluate, export, metrics, vectors, gallery,
+checkpoint, model, timm_backbone, distributed, kernels, torch, numpy, pillow.
 """
 
 from collections.abc import Container

@@ -67,6 +67,7 @@ COMPACT = {
     "head_lr": 3e-3,
     "backbone_lr": 3e-4,
     "frozen_epochs": 1,
+    "student_init": "pca",
 }
 CHOICES = {  # where the values that an option may take are defined
     "init_activation": model.ACTIVATIONS,

@@ -3,14 +3,12 @@
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import checkpoint
 import data
-import evaluate
 import pretrained
 import run
 import udon
@@ -331,41 +329,3 @@ def test_the_sampler_needs_a_period_of_at_least_the_domains(uned):
         run.build_run(config, splits)
     one = run.build_run(Config(**SMALL, out="x", device="cpu", batch_size=4), splits)
     assert one.steps_per_epoch == 10 and one.model.student_classifiers.keys() == {"birds", "cars"}
-
-
-# The student's start ------------------------------------------------------------------------------
-
-
-def test_a_student_that_starts_from_principal_axes(uned):
-    """Those of numpy, of the embeddings of all training images, which are few here."""
-    splits = {d: data.Benchmark(uned).split(d, "train") for d in ("birds", "cars")}
-    options = SMALL | {"out": "x", "device": "cpu", "batch_size": 4, "period": 4}
-    built = [run.build_run(Config(**options, student_init=x), splits) for x in ("pca", "lecun")]
-    model, other = (one.model for one in built)
-    images = [data.TestImages(split, 32) for split in splits.values()]
-    rows = [evaluate.embed(model.embed_backbone, x, HALF, "cpu").double().numpy() for x in images]
-    rows = np.concatenate(rows)
-    values, axes = np.linalg.eigh(np.cov(rows.T))
-    weight = model.student_head.weight.detach().double().numpy()
-    leading = np.argsort(values)[::-1][: len(rows) - 1]  # with variance; the rest is arbitrary
-    for row, axis in zip(weight, axes.T[leading]):
-        assert abs(abs(row @ axis) - 1) < 1e-3
-    np.testing.assert_allclose(weight @ weight.T, np.eye(64), atol=1e-5)
-    bias = model.student_head.bias.detach().numpy()
-    np.testing.assert_allclose(bias, -weight @ rows.mean(0), atol=1e-5)
-    for name, value in other.state_dict().items():
-        if not name.startswith("student_head."):
-            assert torch.equal(value, model.state_dict()[name]), name
-
-
-@pytest.mark.parametrize(
-    "options, sentence",
-    [
-        ({"student_dim": 97}, "--student-dim is 97 .* has 96 outputs"),
-        ({"head_layers": 2}, "single"),
-    ],
-)
-def test_principal_axes_that_do_not_fill_a_head(uned, options, sentence):
-    splits = {"birds": data.Benchmark(uned).split("birds", "train")}
-    with pytest.raises(ConfigError, match=sentence):
-        run.build_run(Config(**SMALL, **options, student_init="pca", device="cpu"), splits)

@@ -1,0 +1,141 @@
+"""heads.py: what heads and classifiers start from."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+import evaluate
+import heads
+import run
+from config import Config, ConfigError
+
+HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "antialias": True}
+OPTIONS = dict(preset="micro", init="scratch", image_size=32, out="x", device="cpu", batch_size=4)
+DOMAINS = ("birds", "cars")
+
+
+@pytest.fixture(scope="module")
+def splits(uned):
+    return {domain: data.Benchmark(uned).split(domain, "train") for domain in DOMAINS}
+
+
+@pytest.fixture(scope="module")
+def random_model(splits):
+    return run.build_run(Config(**OPTIONS, period=4, student_init="lecun"), splits).model.eval()
+
+
+def started(splits, **options):
+    config = Config(**OPTIONS, period=4, student_init="pca", **options)
+    return run.build_run(config, splits).model.eval()
+
+
+def embedded(model, splits) -> dict[str, np.ndarray]:
+    """The backbone's embeddings (N, D) of all training images, which are few here, in float64."""
+    images = {domain: data.TestImages(split, 32) for domain, split in splits.items()}
+    return {
+        domain: evaluate.embed(model.embed_backbone, one, HALF, "cpu").double().numpy()
+        for domain, one in images.items()
+    }
+
+
+def weights(module):
+    return module.weight.detach().double().numpy()
+
+
+def assert_principal_axes(weight, covariance, count):
+    """That the first `count` rows are numpy's axes up to their sign, and all are orthonormal."""
+    values, axes = np.linalg.eigh(covariance)
+    for row, axis in zip(weight, axes.T[np.argsort(values)[::-1][:count]]):
+        assert abs(abs(row @ axis) - 1) < 1e-3
+    np.testing.assert_allclose(weight @ weight.T, np.eye(len(weight)), atol=1e-5)
+
+
+def test_the_student_head_holds_the_principal_axes_of_all_domains(splits):
+    model = started(splits)
+    rows = embedded(model, splits)
+    shares = [np.full(len(one), 1 / len(one) / len(rows)) for one in rows.values()]
+    together, shares = np.concatenate(list(rows.values())), np.concatenate(shares)
+    mean = shares @ together
+    covariance = (shares[:, None] * (together - mean)).T @ (together - mean)
+    weight = weights(model.student_head)
+    assert_principal_axes(weight, covariance, 30)  # of fewer images than dimensions
+    bias = model.student_head.bias.detach().numpy()
+    np.testing.assert_allclose(bias, -weight @ mean, atol=1e-5)
+
+
+def test_a_narrow_teacher_head_holds_the_axes_of_its_domain(splits):
+    model = started(splits, teacher_dim=12)
+    for domain, rows in embedded(model, splits).items():
+        weight = weights(model.teacher_heads[domain])
+        assert_principal_axes(weight, np.cov(rows.T), 12)
+        bias = model.teacher_heads[domain].bias.detach().numpy()
+        np.testing.assert_allclose(bias, -weight @ rows.mean(0), atol=1e-5)
+
+
+def test_a_head_wider_than_the_backbone_keeps_all_angles(splits):
+    """96 outputs of the backbone, 256 of a teacher: cosines as of the centred rows."""
+    model = started(splits)
+    for domain, rows in embedded(model, splits).items():
+        centred = rows - rows.mean(0)
+        centred /= np.linalg.norm(centred, axis=1, keepdims=True)
+        with torch.no_grad():
+            teacher = model.teacher_heads[domain](torch.from_numpy(rows).float()).numpy()
+        np.testing.assert_allclose(teacher @ teacher.T, centred @ centred.T, atol=1e-3)
+
+
+def test_a_class_starts_at_the_mean_of_its_images(splits):
+    model = started(splits)
+    for domain, rows in embedded(model, splits).items():
+        classes = splits[domain].classes
+        means = np.stack([rows[classes == c].mean(0) for c in range(classes.max() + 1)])
+        for head, classifier in (
+            (model.student_head, model.student_classifiers[domain]),
+            (model.teacher_heads[domain], model.teacher_classifiers[domain]),
+        ):
+            with torch.no_grad():
+                expected = head(torch.from_numpy(means).float()).numpy()
+            np.testing.assert_allclose(weights(classifier), expected, atol=1e-4)
+
+
+def test_modules_that_another_run_filled_stay_as_they_are(splits, random_model):
+    before = {name: value.clone() for name, value in random_model.state_dict().items()}
+    filled = ["student_head", "teacher_heads.birds", "student_classifiers.birds"]
+    heads.start_from_images(random_model, splits, 32, HALF, filled)
+    after = random_model.state_dict()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    random_model.load_state_dict(before)
+    kept = {n for n in before if n.startswith(("backbone.", *(f"{name}." for name in filled)))}
+    assert same == kept
+
+
+def test_the_start_is_a_function_of_the_seed(splits):
+    one, again, other = (started(splits, seed=seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["teacher_heads.cars.weight"], other["teacher_heads.cars.weight"])
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=300))
+def test_at_most_twenty_images_of_each_class(classes):
+    classes = np.unique(classes, return_inverse=True)[1].astype(np.int64)
+    rows = heads.images_of_each_class(classes)
+    assert (np.diff(rows) > 0).all()
+    counts = np.bincount(classes)
+    np.testing.assert_array_equal(np.bincount(classes[rows]), np.minimum(counts, 20))
+    for c in np.unique(classes):  # spread over the class: no gap is twice another
+        places = np.flatnonzero(np.isin(np.flatnonzero(classes == c), rows))
+        gaps = np.diff([-1, *places])
+        assert gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize("model", ["micro", "mini"])
+def test_the_compact_presets_start_from_images_and_the_published_setting_does_not(model):
+    assert Config(preset=model).student_init == "pca"
+    assert Config().student_init == Config(preset="uned-b16").student_init == "lecun"
+
+
+def test_several_layers_cannot_start_from_images():
+    with pytest.raises(ConfigError, match="--head-layers 2: .* use --head-layers 1 or"):
+        Config(preset="mini", head_layers=2)
