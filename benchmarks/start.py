@@ -1,6 +1,6 @@
 """Heads and classifiers that start from the training images, beside those that start at random.
 
-    python -m benchmarks.start --data DIR... [--methods M...]   trains what is missing
+    python -m benchmarks.start --data DIR...                    trains what is missing
     python -m benchmarks.start --cut DIR OUT --images 10        a smaller data set: OUT holds the
         [--classes 25] [--domains D...]                         first images of the first classes
     python -m benchmarks.start --table results/README.md        writes the tables, trains nothing
@@ -132,6 +132,7 @@ def command_line() -> argparse.ArgumentParser:
     parser = data.Parser(description="Heads that start from images, beside random ones.")
     parser.add_argument("--data", nargs="+", type=Path, metavar="DIR", help="data directories")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="M")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, metavar="START")
     parser.add_argument("--seeds", type=positive, default=5, help="(default: 5)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="(default: results/start)")
     parser.add_argument("--runs", type=Path, default=RUNS, help="(default: runs/start)")
@@ -151,8 +152,8 @@ def main(arguments: list[str] | None = None) -> None:
     with parser.sentences(udon.USER_ERRORS):
         if options.cut:
             cut(*options.cut, options.images, options.classes, options.domains)
-        runs = itertools.product(range(options.seeds), options.data or (), options.methods, STARTS)
-        for seed, root, method, start in runs:
+        grid = range(options.seeds), options.data or (), options.methods, options.starts
+        for seed, root, method, start in itertools.product(*grid):
             train(root.absolute(), method, start, seed, options.results, options.runs.absolute())
         if options.table:
             tables.write(options.table, "start", lambda: table(read(options.results)))
