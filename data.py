@@ -753,17 +753,27 @@ class TrainBatches(Dataset):
 
 
 class TestImages(Dataset):
-    """Images of a split as prepared for evaluation; kept decoded in memory with `keep`.
+    """Images of a split, all or those of some ascending `rows`, as prepared for evaluation.
 
-    images[rows] -> (B, 3, size, size) uint8 for a slice, range or list of rows. A bad image that
-    is skipped is all zeros, and one of `split.bad_rows` from then on.
+    images[places] -> (B, 3, size, size) uint8 for a slice, range or list. A bad image that is
+    skipped is all zeros, and one of `split.bad_rows` from then on. With `keep`, all images of the
+    split are kept decoded in memory.
     """
 
     __test__ = False  # pytest must not collect it because of its name
 
-    def __init__(self, split: Split, size: int, *, antialias: bool = True, keep: bool = False):
+    def __init__(
+        self,
+        split: Split,
+        size: int,
+        *,
+        antialias: bool = True,
+        keep: bool = False,
+        rows: np.ndarray | None = None,
+    ):
         self.split, self.size, self.antialias = split, size, antialias
         self.splits = {split.domain: split}
+        self.rows = np.arange(len(split)) if rows is None else rows
         self.pixels = _decoded(split, size, self._prepared) if keep else None
 
     def _prepared(self, row):
@@ -772,12 +782,12 @@ class TestImages(Dataset):
         return prepare_test(image, self.size, self.antialias, box).transpose(2, 0, 1)
 
     def __len__(self) -> int:
-        return len(self.split)
+        return len(self.rows)
 
-    def __getitem__(self, rows: slice | range | list[int]) -> torch.Tensor:
+    def __getitem__(self, places: slice | range | list[int]) -> torch.Tensor:
+        rows = self.rows[places]
         if self.pixels is not None:
-            return torch.from_numpy(self.pixels[rows].copy())
-        rows = np.arange(len(self))[rows]
+            return torch.from_numpy(self.pixels[rows])
         images = np.zeros((len(rows), 3, self.size, self.size), dtype=np.uint8)
         for position, row in enumerate(rows.tolist()):
             try:
@@ -800,7 +810,7 @@ class TestImages(Dataset):
 
     def usable_rows(self) -> np.ndarray:
         """(M,) int64: the rows of images that are not bad, once all of them have been decoded."""
-        return np.setdiff1d(np.arange(len(self)), list(self.split.bad_rows))
+        return np.setdiff1d(self.rows, list(self.split.bad_rows))
 
 
 class _Reports(Dataset):

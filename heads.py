@@ -80,12 +80,13 @@ def start_from_images(
     moments, centres, count = {}, {}, 0
     for domain, split in splits.items():
         some = images_of_each_class(split.classes)
-        images = data.TestImages(split.select(some), size, antialias=preprocessing["antialias"])
+        images = data.TestImages(split, size, antialias=preprocessing["antialias"], rows=some)
         rows = evaluate.embed(model.embed_backbone, images, preprocessing, device).double()
-        good = [row for row in range(len(some)) if row not in images.split.bad_rows]
-        moments[domain] = rows[good].mean(0), torch.cov(rows[good].T, correction=0)
-        centres[domain] = class_means(rows[good], split.classes[some][good], split.num_classes)
-        count += len(good)
+        usable = images.usable_rows()
+        rows = rows[np.searchsorted(some, usable)]
+        moments[domain] = rows.mean(0), torch.cov(rows.T, correction=0)
+        centres[domain] = class_means(rows, split.classes[usable], split.num_classes)
+        count += len(rows)
     means, covariances = (torch.stack(part) for part in zip(*moments.values()))
     pooled = means.mean(0), covariances.mean(0) + torch.cov(means.T, correction=0)
 

@@ -73,23 +73,34 @@ def cut(root: Path, out: Path, images: int, classes: int | None, domains: list |
 # Tables -------------------------------------------------------------------------------------------
 
 
-def read(directory: Path) -> dict[str, tables.Results]:
-    """{data set: {"<method>-<start>": {seed: result}}}. Raises data.InputError for a file that is
-    no result."""
+def read(directory: Path, ablation_results: Path = ablation.RESULTS) -> dict[str, tables.Results]:
+    """{data set: {"<method>-<start>": {seed: result}}}, the largest first. The ablation's runs of
+    the same data sets are those with random heads. Raises data.InputError for a file that is no
+    result."""
     found = {}
     for file in sorted(directory.glob("*/*/seed*.json")):
-        try:
-            result = json.loads(file.read_text(encoding="utf-8"))
-            row = f"{result['method']}-{result['start']}"
-            for name in (*KEPT, "backbone"):
-                result[name]
-            found.setdefault(result["data"], {}).setdefault(row, {})[result["seed"]] = result
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise data.InputError(
-                f"{file} is not the result of a run ({type(error).__name__}: {error}): delete it "
-                "and train it again"
-            ) from None
+        result = result_of(file)
+        rows = found.setdefault(file.parent.parent.name, {})
+        rows.setdefault(file.parent.name, {})[result["seed"]] = result
+    for method, name in itertools.product(METHODS, found):
+        for file in sorted((ablation_results / method).glob("seed*.json")):
+            result = result_of(file)
+            if f"--data {name} " in result["command"]:
+                found[name].setdefault(f"{method}-{STARTS[0]}", {})[result["seed"]] = result
     return dict(sorted(found.items(), key=lambda item: -size_of(item[1])))
+
+
+def result_of(file: Path) -> dict:
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        for name in ("mean", "images", "cpu_seconds", "command", "seed"):
+            result[name]
+        return result
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise data.InputError(
+            f"{file} is not the result of a run ({type(error).__name__}: {error}): delete it "
+            "and train it again"
+        ) from None
 
 
 def size_of(results: tables.Results) -> int:
@@ -104,7 +115,7 @@ def table(found: dict[str, tables.Results]) -> str:
         rows = [f"{method}-{start}" for start in STARTS]
         if not all(row in results for row in rows):
             continue
-        backbone = tables.first(results[rows[0]])["backbone"]
+        backbone = tables.first(results[rows[1]])["backbone"]
         cells = [f"`{name}`", tables.code(method)]
         for metric in tables.NAMES:
             cells.append(f"{100 * backbone[metric]:.1f}")

@@ -29,6 +29,7 @@ from sampler import DomainSampler
 VIEWS, SIZE = 2, 32
 SMALL = dict(preset="micro", init="scratch", image_size=SIZE, batch_size=4, period=4, workers=0)
 SMALL |= dict(views=VIEWS, device="cpu", val_every=5, steps=12, freeze_backbone=True)
+SMALL |= dict(student_init="lecun")
 SECONDS = 60  # for a run of about one, on a busy machine
 
 

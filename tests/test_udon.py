@@ -636,7 +636,7 @@ def test_n_steps_and_n_more_equal_2n(uned, tmp_path, capsys, line):
 
 
 def test_the_running_mean_is_what_is_evaluated(uned, tmp_path):
-    train(uned, tmp_path, "--steps 6 --ema 0.5 --val-every 6")
+    train(uned, tmp_path, "--steps 6 --ema 0.5 --val-every 6 --student-init lecun")
     last, best = (checkpoint.read(tmp_path / name) for name in ("last.pt", "best.pt"))
     assert same(best["model"], last["model"]) and not same(last["model"], last["trained"])
     model, contents = checkpoint.load(tmp_path / "best.pt")
@@ -830,7 +830,7 @@ def test_the_best_checkpoint(uned, tmp_path, monkeypatch, case):
 
 
 def test_the_dynamic_sampler_follows_the_teachers_losses(uned, tmp_path):
-    train(uned, tmp_path / "run", "--steps 6 --period 6 --val-every 6")
+    train(uned, tmp_path / "run", "--steps 6 --period 6 --val-every 6 --student-init lecun")
     losses = {"birds": [], "cars": []}
     for line in steps_of(tmp_path / "run"):
         losses[line["domain"]].append(line["teacher_classification"])
@@ -846,6 +846,7 @@ CLASSES_SEEN = {"ujc": 8, "udon-joint": 4 + 4 * math.exp(16 * 0.2)}  # other dom
 def test_a_small_set_is_learned(uned, specialists, tmp_path, method):
     """40 images of plain colours: losses fall far below those of equal cosines."""
     options = "--steps 60 --batch-size 16 --val-every 60 --backbone-lr 1e-3 --head-lr 3e-3"
+    options += " --student-init lecun"
     if method == "distill":
         options += f" --teachers {specialists}"
     train(uned, tmp_path / "run", f"--method {method} {options}")
