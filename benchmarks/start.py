@@ -54,7 +54,12 @@ def train(root: Path, method: str, start: str, seed: int, results: Path, runs: P
 
 def cut(root: Path, out: Path, images: int, classes: int | None, domains: list | None) -> None:
     """Writes a data directory with the first `images` training images of the first `classes`
-    classes of each domain; val and test stay. Its images are a link to those of `root`."""
+    classes of each domain; val and test stay. Its images are a link to those of `root`. Raises
+    data.InputError unless `root` has the UnED layout, and `out` does not exist."""
+    if not (root / "info_files").is_dir():
+        raise data.InputError(f"--cut {root} has no info_files: give a directory in UnED layout")
+    if out.exists():
+        raise data.InputError(f"--cut {root} {out}: {out} exists, give a new directory")
     for domain in data.Benchmark(str(root), domains).domains:
         for name in ("train", "val", "test"):
             file = Path("info_files", domain, f"{name}.json")
@@ -133,7 +138,7 @@ def table(found: dict[str, tables.Results]) -> str:
     heading = ["data", "method"]
     for metric in tables.NAMES.values():
         heading += [f"{metric}: backbone", "random", "images", "difference"]
-    return tables.markdown([*heading, "CPU s", "n"], lines)
+    return tables.markdown([*heading, "CPU s", "n"], lines) + "\n"
 
 
 # Command line -------------------------------------------------------------------------------------
@@ -163,6 +168,8 @@ def main(arguments: list[str] | None = None) -> None:
     with parser.sentences(udon.USER_ERRORS):
         if options.cut:
             cut(*options.cut, options.images, options.classes, options.domains)
+        for root in options.data or ():
+            data.Benchmark(str(root))
         grid = range(options.seeds), options.data or (), options.methods, options.starts
         for seed, root, method, start in itertools.product(*grid):
             train(root.absolute(), method, start, seed, options.results, options.runs.absolute())

@@ -32,6 +32,7 @@ from benchmarks import (
     procedural,
     scaling,
     shared,
+    start,
     step_overhead,
     tables,
     topk,
@@ -92,6 +93,14 @@ BAD = {
         ("--data {uned} --out nowhere/x.json", "nowhere/x.json"),
         ("--table frozen.md --out foreign.csv", "foreign.csv"),
         ("--table frozen.md --out none.json", "none.json"),
+    ),
+    start: (
+        ("", "--data"),
+        ("--data nowhere", "nowhere"),
+        ("--data {uned} --seeds 0", "'0'"),
+        ("--cut nowhere out", "nowhere"),
+        ("--cut {uned} empty", "empty exists"),
+        ("--table start.md --results foreign", "foreign/uned/usc-pca/seed0.json"),
     ),
     topk: (
         *((f"--cases {case}", f"{case!r}") for case in ("5x5", "0x5x5", "5x-5x5", "5x5x5x5")),
@@ -180,13 +189,15 @@ def directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "foreign.csv").write_text("a,b\n1,2\n")
     (tmp_path / "empty").mkdir()
-    for name in ("ablation", "frozen", "procedural", "topk"):
+    for name in ("ablation", "frozen", "procedural", "start", "topk"):
         (tmp_path / f"{name}.md").write_text(MARKED.format(name))
     (tmp_path / "reversed.md").write_text("<!-- end of ablation -->\n<!-- ablation -->\n")
     contents = {"broken": "{", "other": json.dumps(made_up("udon", 0, 0.5)), "bare": "{}"}
     for name, text in contents.items():
         (tmp_path / name / "udon").mkdir(parents=True)
         (tmp_path / name / "udon" / "seed0.json").write_text(text)
+    (tmp_path / "foreign" / "uned" / "usc-pca").mkdir(parents=True)
+    (tmp_path / "foreign" / "uned" / "usc-pca" / "seed0.json").write_text("{}")
     for module, name in (
         (topk, "measure"),
         (uned_size, "synthetic"),
@@ -195,6 +206,7 @@ def directory(tmp_path, monkeypatch):
         (embedding, "measure"),
         (loader, "measure"),
         (frozen, "train"),
+        (start.ablation, "train"),
         (principal_axes, "measure"),
         (ablation.Grid, "run"),
         (equivalence, "start"),
@@ -317,6 +329,29 @@ def test_loader(torchvision, tmp_path, monkeypatch):
         assert min(row["images_per_second"].values()) > 0
         assert 0 < row["cpu"]["least"] <= row["cpu"]["most"]
     assert "| 60 x 40 | train |" in text
+
+
+def test_random_starts_beside_those_from_images(uned, tmp_path, monkeypatch):
+    """On a smaller copy of the data, with the runs of the ablation that are there."""
+    quick = "--preset micro --steps 1 --batch-size 4 --period 4".split()
+    monkeypatch.setattr(
+        ablation, "call", lambda *words, log: udon.main([*map(str, words[1:]), *quick])
+    )
+    small, file = tmp_path / "small", tmp_path / "results.md"
+    file.write_text(MARKED.format("start"))
+    cut = ["--cut", uned, small, "--images", 3, "--classes", 2, "--domains", "birds"]
+    places = ["--results", tmp_path / "results", "--runs", tmp_path / "runs"]
+    run(start, cut, monkeypatch)
+    arguments = ["--data", small, "--methods", "usc", "--seeds", 2, *places, "--table", file]
+    run(start, arguments, monkeypatch)
+    (results,) = start.read(tmp_path / "results").values()
+    assert {row: len(runs) for row, runs in results.items()} == {"usc-lecun": 2, "usc-pca": 2}
+    assert data.Benchmark(small).split("birds", "train").class_names == ["0", "1"]
+    assert len(data.Benchmark(small).split("birds", "train")) == 6
+    (line,) = (line for line in file.read_text().splitlines() if "`usc`" in line)
+    assert line.startswith("| `small` | `usc` |") and line.endswith("| 2 / 2 |")
+    commands = {result["command"] for runs in results.values() for result in runs.values()}
+    assert len(commands) == 4 and all("--data small " in command for command in commands)
 
 
 def test_frozen_and_fine_tuned_backbones(uned, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from benchmarks import (
     one_step,
     procedural,
     rows,
+    start,
     tables,
     topk,
 )
@@ -50,6 +51,11 @@ def test_tables_of_the_ablation():
 def test_table_of_the_procedural_domains():
     pytest.importorskip("scipy")
     assert marked("procedural") == procedural.table(procedural.read(procedural.RESULTS))
+
+
+def test_table_of_starts():
+    pytest.importorskip("scipy")
+    assert marked("start") == start.table(start.read(start.RESULTS))
 
 
 def test_one_training_step():
