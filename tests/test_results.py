@@ -11,8 +11,10 @@ import config
 import evaluate
 from benchmarks import (
     ablation,
+    embedding,
     estimates,
     jax_step,
+    loader,
     one_step,
     procedural,
     rows,
@@ -72,7 +74,9 @@ def test_one_training_step():
     }
 
 
-@pytest.mark.parametrize("name, module", [("jax step", jax_step)])
+@pytest.mark.parametrize(
+    "name, module", [("jax step", jax_step), ("embedding", embedding), ("loader", loader)]
+)
 def test_tables_of_speed(name, module):
     file = RESULTS / f"{name.replace(' ', '_')}.json"
     assert marked(name) == module.table(recorded(file))
