@@ -100,9 +100,9 @@ def start_from_images(
 
     def start_classes(classifier, head, domain):
         if names[classifier] not in filled:
-            known = centres[domain].isfinite().all(dim=1)
-            targets = head(centres[domain][known].float().to(device))
-            classifier.weight[known.to(device)] = targets
+            targets = head(centres[domain].float().to(device))
+            known = targets.norm(dim=1) > 0.5  # not NaN, nor the 0 of a class at the domain's mean
+            classifier.weight[known] = targets[known]
 
     start(model.student_head, *pooled)
     for domain in splits:

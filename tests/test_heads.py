@@ -1,5 +1,7 @@
 """heads.py: what heads and classifiers start from."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ import evaluate
 import heads
 import run
 from config import Config, ConfigError
+from model import UDON
 
 HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "antialias": True}
 OPTIONS = dict(preset="micro", init="scratch", image_size=32, out="x", device="cpu", batch_size=4)
@@ -98,6 +101,21 @@ def test_a_class_starts_at_the_mean_of_its_images(splits):
             with torch.no_grad():
                 expected = head(torch.from_numpy(means).float()).numpy()
             np.testing.assert_allclose(weights(classifier), expected, atol=1e-4)
+
+
+def test_a_class_that_is_a_whole_domain_keeps_its_random_weights(random_model):
+    """Its mean is the mean of the domain, whose embedding has no direction; so has a class without
+    images that can be read."""
+    pixels = np.full((4, 32, 32, 3), 200, dtype=np.uint8)
+    model = UDON(copy.deepcopy(random_model.backbone), {"flat": 2}, student_dim=4, teacher_dim=128)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    split = data.Split("flat", "train", np.array([0, 0, 0, 1], dtype=np.int32), pixels=pixels)
+    split.bad_rows[3] = "unreadable"
+    heads.start_from_images(model, {"flat": split}, 32, HALF)
+    for role in ("student", "teacher"):
+        weight = getattr(model, f"{role}_classifiers")["flat"].weight
+        assert torch.equal(weight[1], before[f"{role}_classifiers.flat.weight"][1])
+        assert weight.isfinite().all() and (weight.norm(dim=1) > 0.1).all()
 
 
 def test_modules_that_another_run_filled_stay_as_they_are(splits, random_model):
