@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import platform
 
 import pytest
 import torch
@@ -329,3 +330,20 @@ def test_the_sampler_needs_a_period_of_at_least_the_domains(uned):
         run.build_run(config, splits)
     one = run.build_run(Config(**SMALL, out="x", device="cpu", batch_size=4), splits)
     assert one.steps_per_epoch == 10 and one.model.student_classifiers.keys() == {"birds", "cars"}
+
+
+# Memory -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+def test_freed_memory_is_used_again():
+    """40 MB in blocks of 8 MB, in the end without new pages from the system."""
+    resource = pytest.importorskip("resource")
+    run.keep_freed_memory()
+    faults = []
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.zeros(2**21) for _ in range(5)]
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        del blocks
+    assert faults[-1] < 1000, faults
