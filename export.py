@@ -6,6 +6,7 @@
 Copy with: torch (onnx and onnxscript where a network is made).
 """
 
+import logging
 import warnings
 from typing import Any
 
@@ -49,6 +50,8 @@ def onnx_network(model: nn.Module, size: int, preprocessing: dict, texts: dict[s
         ) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # It warns of each operator of torchvision where that is not installed.
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
             program = torch.onnx.export(
                 Deployed(model, preprocessing).eval(),

@@ -1,6 +1,7 @@
 """The student alone: checkpoint.py export, its model card, ONNX, and what reads such files."""
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -376,3 +377,13 @@ def test_a_full_disk_leaves_nothing(student_run, tmp_path, capsys):
 def test_a_model_without_heads_of_domains_is_valid():
     model = UDON(ViT(16, 8, 8, 1, 2), {}, student_dim=4, teacher_dim=0)
     assert model.embed(torch.zeros(2, 3, 16, 16)).shape == (2, 4)
+
+
+def test_nothing_is_logged_without_torchvision(student_run, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    messages = []
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    monkeypatch.setattr(logger, "handle", messages.append)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    checkpoint.export(student_run, tmp_path / "a.onnx")
+    assert not messages
