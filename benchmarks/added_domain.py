@@ -46,7 +46,8 @@ def commands(new: str, old: list[str], seed: int) -> dict[str, str]:
 
 def measure(root: str, new: str, seeds: int, runs: Path) -> list[dict]:
     """One result per row and seed, {"row", "seed", "command", "cpu_seconds", "domains"}."""
-    old = [domain for domain in data.Benchmark(root).domains if domain != new]
+    domains = data.Benchmark(root).domains
+    old = [domain for domain in domains if domain != new]
     results = []
     for seed in range(seeds):
         for row, command in commands(new, old, seed).items():
@@ -54,14 +55,14 @@ def measure(root: str, new: str, seeds: int, runs: Path) -> list[dict]:
             places = {"DIR": root, "before": out.with_name("before")}
             options = [places.get(word, word) for word in command.split()]
             result = ablation.train(out, options)
-            words = ["evaluate.py", out, "--data", root, "--json", file]
+            words = ["evaluate.py", out, "--data", root, "--domains", *domains, "--json", file]
             ablation.call(*words, log=out.with_suffix(".log"))
-            domains = json.loads(file.read_text(encoding="utf-8"))["domains"]
-            kept = {name: {m: domains[name][m] for m in METRICS} for name in domains}
+            found = json.loads(file.read_text(encoding="utf-8"))["domains"]
+            kept = {name: {m: found[name][m] for m in METRICS} for name in found}
             seconds = result["cpu_seconds"]
             about = {"row": row, "seed": seed, "command": f"python udon.py train {command}"}
             results.append(about | {"cpu_seconds": seconds, "domains": kept})
-            recall = 100 * domains[new][METRICS[0]]
+            recall = 100 * found[new][METRICS[0]]
             print(f"{time.strftime('%H:%M:%S')} {row} seed {seed}: R@1 {recall:.1f}", flush=True)
     return results
 

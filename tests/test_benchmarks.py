@@ -22,6 +22,7 @@ import model
 import udon
 from benchmarks import (
     ablation,
+    added_domain,
     embedding,
     equivalence,
     estimates,
@@ -93,6 +94,13 @@ BAD = {
         ("--data {uned} --out nowhere/x.json", "nowhere/x.json"),
         ("--table frozen.md --out foreign.csv", "foreign.csv"),
         ("--table frozen.md --out none.json", "none.json"),
+    ),
+    added_domain: (
+        ("", "--data"),
+        ("--data nowhere", "nowhere"),
+        ("--data {uned} --new nothing", "nothing"),
+        ("--data {uned} --out nowhere/x.json", "nowhere/x.json"),
+        ("--table nowhere.md --out foreign.csv", "foreign.csv"),
     ),
     start: (
         ("", "--data"),
@@ -352,6 +360,27 @@ def test_random_starts_beside_those_from_images(uned, tmp_path, monkeypatch):
     assert line.startswith("| `small` | `usc` |") and line.endswith("| 2 / 2 |")
     commands = {result["command"] for runs in results.values() for result in runs.values()}
     assert len(commands) == 4 and all("--data small " in command for command in commands)
+
+
+def test_a_domain_is_added(uned, tmp_path, monkeypatch):
+    """All four students are tested on all domains; the old ones are continued."""
+    pytest.importorskip("scipy")
+    quick = "--preset micro --steps 1 --batch-size 4 --period 4".split()
+
+    def call(program, *words, log):
+        main = {"udon.py": udon.main, "evaluate.py": evaluate.main}[program]
+        main([*map(str, words), *(quick if program == "udon.py" else [])])
+
+    monkeypatch.setattr(ablation, "call", call)
+    out, file = tmp_path / "added_domain.json", tmp_path / "results.md"
+    file.write_text(MARKED.format("added domain"))
+    arguments = ["--data", uned, "--new", "cars", "--runs", tmp_path / "runs", "--out", out]
+    run(added_domain, [*arguments, "--table", file], monkeypatch)
+    results = json.loads(out.read_text())["runs"]
+    assert [result["row"] for result in results] == list(added_domain.ROWS)
+    assert all(set(result["domains"]) == {"birds", "cars"} for result in results)
+    assert str(tmp_path) not in out.read_text()
+    assert all(f"| {name} |" in file.read_text() for name in added_domain.ROWS.values())
 
 
 def test_frozen_and_fine_tuned_backbones(uned, tmp_path, monkeypatch):

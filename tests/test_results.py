@@ -11,6 +11,7 @@ import config
 import evaluate
 from benchmarks import (
     ablation,
+    added_domain,
     embedding,
     estimates,
     jax_step,
@@ -58,6 +59,12 @@ def test_table_of_the_procedural_domains():
 def test_table_of_starts():
     pytest.importorskip("scipy")
     assert marked("start") == start.table(start.read(start.RESULTS))
+
+
+def test_table_of_an_added_domain():
+    pytest.importorskip("scipy")
+    values = recorded(added_domain.RESULTS)
+    assert marked("added domain") == added_domain.table(values)
 
 
 def test_one_training_step():
