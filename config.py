@@ -43,7 +43,7 @@ COMPACT = {
     "period": 100,
     "head_lr": 3e-3,
     "backbone_lr": 3e-4,
-    "frozen_epochs": 1.0,
+    "frozen_epochs": 0.2,
     "student_init": "pca",
 }
 PRESETS = {

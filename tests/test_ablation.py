@@ -38,8 +38,8 @@ def test_every_row_is_a_valid_configuration(row):
 
 def test_rows_named_after_methods_are_these_methods():
     for method in set(config.METHODS) - {"distill"}:
-        expected = config.Config(preset="mini", method=method, student_init="lecun")
-        assert rows.config_of(method) == expected
+        start = {"student_init": "lecun", "frozen_epochs": 1.0}
+        assert rows.config_of(method) == config.Config(preset="mini", method=method, **start)
 
 
 def test_a_setting_is_the_row_that_it_changes_with_one_option():
@@ -209,7 +209,7 @@ def test_options_name_the_teachers_without_directories_of_the_machine(uned):
         row: ablation.relative(" ".join(map(str, grid.options(row, 2))), str(uned))
         for row in ("distill-8", "distill-1-joint")
     }
-    start = f"--data {uned.name} --seed 2 --workers 0 --student-init lecun --method distill"
+    start = f"--data {uned.name} --seed 2 --workers 0 {rows.START} --method distill"
     assert options["distill-8"].startswith(start)
     assert options["distill-8"].endswith("--teachers runs/ablation/specialists-256/seed2")
     assert options["distill-1-joint"].endswith("--teachers runs/ablation/teachers/seed2/best.pt")

@@ -66,7 +66,7 @@ COMPACT = {
     "period": 100,
     "head_lr": 3e-3,
     "backbone_lr": 3e-4,
-    "frozen_epochs": 1,
+    "frozen_epochs": 0.2,
     "student_init": "pca",
 }
 CHOICES = {  # where the values that an option may take are defined
