@@ -5,9 +5,10 @@
         [--classes 25] [--domains D...]                         first images of the first classes
     python -m benchmarks.start --table results/README.md        writes the tables, trains nothing
 
-Each data set is trained with every method, both values of --student-init and several seeds, all
-else by default, on one thread. Results: results/start/<data set>/<method>-<start>/seed<N>.json;
-an interrupted run is resumed from its checkpoint in runs/start/.
+Each data set is trained with every method and several seeds, with random heads, with heads that
+start from images, and with fewer steps that train the heads alone; all else by default, on one
+thread. The result is results/start/<data set>/<method>-<start>/seed<N>.json; an interrupted run is
+resumed from its checkpoint in runs/start/.
 """
 
 import argparse
@@ -27,7 +28,11 @@ from checkpoint import write_json
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, RUNS = ROOT / "results" / "start", ROOT / "runs" / "start"
 METHODS = ("udon-joint", "udon", "usc", "ujc")
-STARTS = ("lecun", "pca")
+STARTS = {  # the last is the default of the presets mini and micro
+    "lecun": "--student-init lecun --frozen-epochs 1",
+    "pca": "--student-init pca --frozen-epochs 1",
+    "short": "--student-init pca --frozen-epochs 0.2",
+}
 KEPT = ("mean", "domains", "val_recall_at_1", "step", "images", "cpu_seconds")
 
 # Runs ---------------------------------------------------------------------------------------------
@@ -39,7 +44,7 @@ def train(root: Path, method: str, start: str, seed: int, results: Path, runs: P
     target = (results / place).with_suffix(".json")
     if target.exists():
         return
-    options = ["--data", root, "--method", method, "--student-init", start, "--seed", seed]
+    options = ["--data", root, "--method", method, *STARTS[start].split(), "--seed", seed]
     options = [str(option) for option in [*options, "--workers", 0]]
     result = ablation.train(runs / place, options)
     command = " ".join(["python udon.py train", *options]).replace(str(root), root.name)
@@ -91,7 +96,7 @@ def read(directory: Path, ablation_results: Path = ablation.RESULTS) -> dict[str
         for file in sorted((ablation_results / method).glob("seed*.json")):
             result = result_of(file)
             if f"--data {name} " in result["command"]:
-                found[name].setdefault(f"{method}-{STARTS[0]}", {})[result["seed"]] = result
+                found[name].setdefault(f"{method}-lecun", {})[result["seed"]] = result
     return dict(sorted(found.items(), key=lambda item: -size_of(item[1])))
 
 
@@ -114,31 +119,35 @@ def size_of(results: tables.Results) -> int:
 
 
 def table(found: dict[str, tables.Results]) -> str:
-    """One row per data set and method: both starts, their difference, CPU time."""
+    """One row per data set, method and start: both metrics, and their differences from random heads
+    and from the backbone."""
     lines = []
-    for (name, results), method in itertools.product(found.items(), METHODS):
-        rows = [f"{method}-{start}" for start in STARTS]
-        if not all(row in results for row in rows):
+    for (name, results), method, start in itertools.product(found.items(), METHODS, STARTS):
+        row, random = f"{method}-{start}", f"{method}-{next(iter(STARTS))}"
+        if row not in results:
             continue
-        backbone = tables.first(results[rows[1]])["backbone"]
-        cells = [f"`{name}`", tables.code(method)]
-        for metric in tables.NAMES:
-            cells.append(f"{100 * backbone[metric]:.1f}")
-            cells += [
-                tables.mean_interval(map(tables.mean_of(metric), results[row].values()))
-                for row in rows
-            ]
-            cells.append(tables.difference(results, *rows[::-1], tables.mean_of(metric)))
-        seconds = [
-            statistics.fmean(r["cpu_seconds"] for r in results[row].values()) for row in rows
-        ]
-        cells.append(" / ".join(f"{value:.0f}" for value in seconds))
-        cells.append(" / ".join(str(len(results[row])) for row in rows))
-        lines.append(cells)
-    heading = ["data", "method"]
-    for metric in tables.NAMES.values():
-        heading += [f"{metric}: backbone", "random", "images", "difference"]
-    return tables.markdown([*heading, "CPU s", "n"], lines) + "\n"
+        runs = list(results[row].values())
+        differences = (
+            tables.difference_cells(results, row, random) if random in results else ["", ""]
+        )
+        seconds = statistics.fmean(run["cpu_seconds"] for run in runs)
+        cells = [*tables.metric_cells(results[row]), *differences, f"{seconds:.0f}", str(len(runs))]
+        lines.append([f"`{name}`", tables.code(method), f"`{STARTS[start]}`", *cells])
+    names = tables.NAMES.values()
+    heading = ["data", "method", "start", *names, *(f"{name} − random" for name in names)]
+    return f"{backbones(found)}\n\n{tables.markdown([*heading, 'CPU s', 'n'], lines)}\n"
+
+
+def backbones(found: dict[str, tables.Results]) -> str:
+    """The data sets, and what the backbone reaches without training."""
+    lines = []
+    for name, results in found.items():
+        run = next(run for runs in results.values() for run in runs.values() if "data" in run)
+        values = [f"{100 * run['backbone'][metric]:.1f}" for metric in tables.NAMES]
+        lines.append([f"`{name}`", str(len(run["domains"])), *values])
+    return tables.markdown(
+        ["data", "domains", *(f"{n}, backbone" for n in tables.NAMES.values())], lines
+    )
 
 
 # Command line -------------------------------------------------------------------------------------
@@ -148,7 +157,9 @@ def command_line() -> argparse.ArgumentParser:
     parser = data.Parser(description="Heads that start from images, beside random ones.")
     parser.add_argument("--data", nargs="+", type=Path, metavar="DIR", help="data directories")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="M")
-    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, metavar="START")
+    parser.add_argument(
+        "--starts", nargs="+", choices=STARTS, default=list(STARTS), metavar="START"
+    )
     parser.add_argument("--seeds", type=positive, default=5, help="(default: 5)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="(default: results/start)")
     parser.add_argument("--runs", type=Path, default=RUNS, help="(default: runs/start)")

@@ -352,14 +352,15 @@ def test_random_starts_beside_those_from_images(uned, tmp_path, monkeypatch):
     run(start, cut, monkeypatch)
     arguments = ["--data", small, "--methods", "usc", "--seeds", 2, *places, "--table", file]
     run(start, arguments, monkeypatch)
+    expected = [f"usc-{name}" for name in start.STARTS]
     (results,) = start.read(tmp_path / "results").values()
-    assert {row: len(runs) for row, runs in results.items()} == {"usc-lecun": 2, "usc-pca": 2}
+    assert {row: len(runs) for row, runs in results.items()} == dict.fromkeys(expected, 2)
     assert data.Benchmark(small).split("birds", "train").class_names == ["0", "1"]
     assert len(data.Benchmark(small).split("birds", "train")) == 6
-    (line,) = (line for line in file.read_text().splitlines() if "`usc`" in line)
-    assert line.startswith("| `small` | `usc` |") and line.endswith("| 2 / 2 |")
+    lines = [line for line in file.read_text().splitlines() if "`usc`" in line]
+    assert len(lines) == 3 and all(line.startswith("| `small` | `usc` |") for line in lines)
     commands = {result["command"] for runs in results.values() for result in runs.values()}
-    assert len(commands) == 4 and all("--data small " in command for command in commands)
+    assert len(commands) == 6 and all("--data small " in command for command in commands)
 
 
 def test_a_domain_is_added(uned, tmp_path, monkeypatch):
