@@ -166,10 +166,10 @@ TRIED = {
 
 def config_of(row: str, **defaults: object) -> Config:
     """The configuration of a row; `defaults` are options that the row does not set itself."""
-    given = parsed(f"{START} {ROWS[row].options}")
+    given = parsed(ROWS[row].options)
     if ROWS[row].teachers:
         given = given | {"teachers": ROWS[row].teachers}
-    return config.configuration(defaults | given, resume=False)
+    return config.configuration(parsed(START) | defaults | given, resume=False)
 
 
 @functools.cache

@@ -38,6 +38,7 @@ RUN = {
     "python checkpoint.py export": "test_export.py test_the_command",
     "python pretrained.py": "test_command_lines.py test_weights_are_not_written_onto_a_directory",
     "python -m benchmarks.ablation": "test_ablation.py test_results_of_a_grid_and_its_resumption",
+    "python -m benchmarks.added_domain": "test_benchmarks.py test_a_domain_is_added",
     "python -m benchmarks.start": "test_benchmarks.py test_random_starts_beside_those_from_images",
     "python -m benchmarks.procedural": "test_benchmarks.py test_procedural_table",
     "python -m benchmarks.step_overhead": "test_benchmarks.py test_step_overhead",
