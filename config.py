@@ -76,7 +76,12 @@ METHODS = {
     # A student with a backbone of its own, distilled from frozen --teachers.
     "distill": {"weights": (0.0, 1.0, 1.0, 1.0), "sampler": "round_robin", "signal": "student"},
     # The backbone as it is: nothing is trained.
-    "backbone": {"weights": (0.0, 0.0, 0.0, 0.0), "epochs": 0.0, "embedding": "backbone"},
+    "backbone": {
+        "weights": (0.0, 0.0, 0.0, 0.0),
+        "epochs": 0.0,
+        "embedding": "backbone",
+        "student_init": "lecun",  # no head is used
+    },
 }
 MODELS = ("micro", "mini", "s16", "b16", "l16")  # sizes of the ViT
 # A model of timm comes with its weights and image size, unless these are given.
@@ -169,7 +174,7 @@ class Config:
     """What heads and classifiers start from: lecun, random numbers (official setting), or pca, the
     training images as the backbone embeds them. With pca the student head holds the first principal
     axes, the teacher heads keep the angles between images, and a class starts at the mean of its
-    images; a small data set needs this to be better than the backbone alone."""
+    images; from random heads, a small data set ends below the backbone alone."""
     teacher_dim: int = 256
     """Width of the teacher embeddings (paper section 4)."""
     head_layers: int = 1

@@ -152,6 +152,14 @@ def test_results_of_the_readme():
     assert cells == [tables.metric_cells(results[row]) for row in order]
 
 
+def test_starts_of_the_readme():
+    found = start.read(start.RESULTS)["mini_uned"]
+    names = {"usc": "USC", "udon": "UDON", "ujc": "UJC", "udon-joint": "`udon-joint`"}
+    values = {m: found[f"{m}-short"][0]["mean"]["recall_at_1"] for m in names}
+    text = ", ".join(f"{names[m]} {100 * value:.1f}" for m, value in values.items())
+    assert f"(one seed: {text})" in " ".join(README.split())
+
+
 # What was run is what the rows say ----------------------------------------------------------------
 
 # Options that were spelt differently, or set by the method, when the results were recorded.
