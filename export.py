@@ -131,15 +131,19 @@ Without torch, exported to ONNX; this network takes uint8 and normalises it:
 import numpy, onnxruntime
 from PIL import Image, ImageOps
 
-image = Image.open("a.jpg").convert("RGB")
-image = ImageOps.fit(image, ({size}, {size}), Image.Resampling.BILINEAR)
+image = ImageOps.exif_transpose(Image.open("a.jpg")).convert("RGB")
+width, height = (side * {size} // min(image.size) for side in image.size)
+left, top = (width - {size}) // 2, (height - {size}) // 2
+image = image.resize((width, height), Image.Resampling.BILINEAR)
+image = image.crop((left, top, left + {size}, top + {size}))
 images = numpy.asarray(image).transpose(2, 0, 1)[None]  # (B, 3, {size}, {size}) uint8
 session = onnxruntime.InferenceSession("{name}.onnx")
 (vectors,) = session.run(["vectors"], {{"images": images}})  # (B, {width}) float32
 ```
 
-Preprocessing: RGB; the short side resized to {size} pixels, bilinear, {antialias} antialiasing; the
+Preprocessing: RGB; the short side resized to {size} pixels, bilinear, {antialias}; the
 central square; values in 0..1, less the mean {mean}, divided by {std}.
+`search.py` decodes large JPEG files at 1/2 to 1/8 of their size, which changes vectors slightly.
 
 ## Training and results
 
@@ -190,7 +194,9 @@ def card(contents: dict, results: dict | None) -> str:
         files="`model.py` and `timm_backbone.py`" if is_timm else "`model.py`",
         imported="\nfrom timm_backbone import TimmBackbone" if is_timm else ", ViT",
         backbone=own if is_timm else 'ViT(**architecture.pop("backbone"))',
-        antialias="with" if preprocessing["antialias"] else "without",
+        antialias="with antialiasing"
+        if preprocessing["antialias"]
+        else "without antialiasing, which Pillow's\nresize always applies",
         mean=triple(preprocessing["mean"]),
         std=triple(preprocessing["std"]),
         options=plain(", ".join(given)) or "unknown",

@@ -636,6 +636,7 @@ def command_line():
             "resume": "resume with python udon.py train --out DIR --resume",
             "check": "check a data directory with python data.py check DIR",
             "plot": "plot with python plot.py RUN",
+            "--tensorboard": "after training, python plot.py RUN --tensorboard DIR",
         },
     )
     commands = parser.add_subparsers(dest="command", required=True)

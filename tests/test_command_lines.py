@@ -239,6 +239,7 @@ TRAIN_MISTAKES = [  # the command line, what the sentence must name
     ("resume", "python udon.py train --out DIR --resume"),
     ("train --lr 1", "did you mean --backbone-lr or --head-lr?"),
     ("train --epoch 1", "did you mean --epochs?"),
+    ("train --tensorboard logs", "python plot.py RUN --tensorboard DIR"),
     ("train --out /proc/run", "--out /proc/run"),
     ("train --config no.json", "no.json"),
     ("train --learning-rate 1", "--learning-rate"),
