@@ -189,6 +189,8 @@ class ViT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
+        if self.cls_token.is_meta:  # where normal_ imports torch's compiler, in a second or more
+            return
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
         for module in self.blocks.modules():
