@@ -85,10 +85,10 @@ def step_memory(run, losses: Callable) -> Memory:
     models = [model, run.average, *(run.teachers.models.values() if run.teachers else ())]
     weights = {p: p.nbytes for one in models if one is not None for p in one.parameters()}
     moments = 2 * sum(p.nbytes for p in trained)
-    if config.inactive_heads == "zero":
-        gradients = moments // 2
     activations = max(peak - gradients, 0)
     gradients *= 1 if distributed.size() == 1 else 2  # and their sums over the processes
+    if config.inactive_heads == "zero":  # views of one tensor
+        gradients += max(sizes[name] for name in sizes if not name.startswith("backbone."))
     return Memory(*(domain, piece, sum(weights.values()), gradients, moments, activations, trained))
 
 

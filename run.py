@@ -14,6 +14,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import functools
 import itertools
 import math
 import uuid
@@ -86,6 +87,12 @@ class Run:
     def evaluated(self) -> UDON:
         """The model that is validated and kept in best.pt."""
         return self.model if self.average is None else self.average
+
+    @functools.cached_property
+    def zeros(self) -> torch.Tensor:
+        """(N,), as many as the largest head or classifier has; zero gradients are views of it."""
+        parameters = self.optimizer.param_groups[1]["params"]
+        return parameters[0].new_zeros(max(parameter.numel() for parameter in parameters))
 
     def inputs(self, batch: torch.Tensor) -> torch.Tensor:
         """What the model takes, float32 on the device: images (B, 3, H, W) uint8, normalised with

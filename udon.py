@@ -265,7 +265,7 @@ def training_step(run: Run, batches: Iterator) -> tuple[str, Losses, float]:
     if config.inactive_heads == "zero":
         for parameter in optimizer.param_groups[1]["params"]:
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = run.zeros[: parameter.numel()].view_as(parameter)
     optimizer.step()
     run.step += 1
     update_average(run)

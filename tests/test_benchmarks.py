@@ -23,6 +23,8 @@ import udon
 from benchmarks import (
     ablation,
     added_domain,
+    choice,
+    defaults,
     embedding,
     equivalence,
     estimates,
@@ -109,6 +111,20 @@ BAD = {
         ("--cut nowhere out", "nowhere"),
         ("--cut {uned} empty", "empty exists"),
         ("--table start.md --results foreign", "foreign/uned/usc-pca/seed0.json"),
+    ),
+    defaults: (
+        ("", "--data"),
+        ("--data nowhere", "nowhere"),
+        ("--data {uned} --unseen nowhere", "nowhere"),
+        ("--data {uned} --seeds 0", "'0'"),
+        ("--table defaults.md --results foreign", "foreign/uned/usc-pca/seed0.json"),
+    ),
+    choice: (
+        ("", "--data"),
+        ("--data nowhere", "nowhere"),
+        ("--data {uned} --settings all", "'all'"),
+        ("--data {uned} --seeds 0", "'0'"),
+        ("--table choice.md --results unfinished", "unfinished/first/area/seed0.json"),
     ),
     topk: (
         *((f"--cases {case}", f"{case!r}") for case in ("5x5", "0x5x5", "5x-5x5", "5x5x5x5")),
@@ -197,15 +213,16 @@ def directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "foreign.csv").write_text("a,b\n1,2\n")
     (tmp_path / "empty").mkdir()
-    for name in ("ablation", "frozen", "procedural", "start", "topk"):
+    for name in ("ablation", "choice", "defaults", "frozen", "procedural", "start", "topk"):
         (tmp_path / f"{name}.md").write_text(MARKED.format(name))
     (tmp_path / "reversed.md").write_text("<!-- end of ablation -->\n<!-- ablation -->\n")
     contents = {"broken": "{", "other": json.dumps(made_up("udon", 0, 0.5)), "bare": "{}"}
     for name, text in contents.items():
         (tmp_path / name / "udon").mkdir(parents=True)
         (tmp_path / name / "udon" / "seed0.json").write_text(text)
-    (tmp_path / "foreign" / "uned" / "usc-pca").mkdir(parents=True)
-    (tmp_path / "foreign" / "uned" / "usc-pca" / "seed0.json").write_text("{}")
+    for place in ("foreign/uned/usc-pca", "unfinished/first/area"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "seed0.json").write_text("{}")
     for module, name in (
         (topk, "measure"),
         (uned_size, "synthetic"),
@@ -361,6 +378,76 @@ def test_random_starts_beside_those_from_images(uned, tmp_path, monkeypatch):
     assert len(lines) == 3 and all(line.startswith("| `small` | `usc` |") for line in lines)
     commands = {result["command"] for runs in results.values() for result in runs.values()}
     assert len(commands) == 6 and all("--data small " in command for command in commands)
+
+
+def test_defaults_beside_the_start_of_training(uned, tmp_path, monkeypatch):
+    """On the domains that were trained on, and on others; the start has learned nothing."""
+    pytest.importorskip("scipy")
+    quick = "--preset micro --batch-size 4 --period 4".split()
+    heads = {}
+
+    def call(program, *words, log):
+        if program == "evaluate.py":
+            return evaluate.main([*map(str, words)])
+        steps = [] if "--steps" in words else ["--steps", "2"]
+        udon.main([*map(str, words), *quick, *steps])
+        out = words[words.index("--out") + 1]
+        heads[out.parent.name] = checkpoint.load(out / "last.pt")[0].student_head.weight
+
+    monkeypatch.setattr(ablation, "call", call)
+    file = tmp_path / "results.md"
+    file.write_text(MARKED.format("defaults"))
+    places = ["--results", tmp_path / "results", "--runs", tmp_path / "runs"]
+    options = ["--data", uned, "--unseen", uned, "--methods", "usc", "start", "--seeds", 2]
+    run(defaults, [*options, *places, "--table", file], monkeypatch)
+    lines = [line for line in file.read_text().splitlines() if "| `" in line]
+    assert len(lines) == 1 + 2 + 2 and f"| `{uned.name}` | `usc` |" in lines[1]
+    splits = data.Benchmark(uned)
+    images = {name: len(splits.split(name, "train")) for name in splits.domains}
+    (results,) = defaults.read(tmp_path / "results").values()
+    for runs in results.values():
+        assert all(run["images"] == images for run in runs.values())
+        assert all(run["unseen"]["mean"] == pytest.approx(run["mean"]) for run in runs.values())
+    errors = {
+        name: (axes @ axes.T - torch.eye(len(axes))).abs().max() for name, axes in heads.items()
+    }
+    assert errors["start"] < 1e-5 < 1e-3 < errors["usc"]  # principal axes, and no longer
+
+
+def test_settings_are_chosen_on_one_half_and_judged_on_the_other(uned, tmp_path, monkeypatch):
+    """The validation of a half chooses; the table shows its test on the other half."""
+    pytest.importorskip("scipy")
+    values = {  # {(half, setting): (validation, test)}
+        ("first", "default"): (0.5, 0.4),
+        ("first", "area"): (0.6, 0.1),
+        ("second", "default"): (0.7, 0.3),
+        ("second", "area"): (0.6, 0.35),
+    }
+    trained = []
+
+    def result(directory, options):
+        half, setting = directory.parts[-3:-1]
+        domains = options[options.index("--domains") + 1 : options.index("--method")]
+        trained.append((half, setting, *domains))
+        val, test = values[half, setting]
+        mean = {"recall_at_1": test, "mmp_at_5": test / 2}
+        seconds = 2.0 if setting == "area" else 1.0
+        return {"mean": mean, "domains": dict.fromkeys(domains), "step": 1, "images": {}} | {
+            "val_recall_at_1": val,
+            "cpu_seconds": seconds,
+        }
+
+    monkeypatch.setattr(ablation, "train", result)
+    file = tmp_path / "results.md"
+    file.write_text(MARKED.format("choice"))
+    options = ["--data", uned, "--settings", "default", "area", "--results", tmp_path / "results"]
+    run(choice, [*options, "--table", file], monkeypatch)
+    assert [parts[2:] for parts in trained] == [("birds",), ("cars",)] * 2
+    text = file.read_text()
+    assert "| `--min-area 0.3` | 1 | +10.0 | -30.0 | -15.0 | -10.0 | +5.0 | +2.5 | 2.00 |" in text
+    chosen = "Chosen on the first half: `--min-area 0.3`. On the second half it changes"
+    assert f"{chosen} R@1 +5.0 and mMP@5 +2.5." in text
+    assert "Chosen on the second half: `default`. On the first half nothing changes." in text
 
 
 def test_a_domain_is_added(uned, tmp_path, monkeypatch):

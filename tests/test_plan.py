@@ -79,6 +79,7 @@ OF = {  # parameters of a domain's teacher head and two classifiers
     domain: TEACHER_HEAD + count * (STUDENT + TEACHER) for domain, count in CLASSES.items()
 }
 ALL = BACKBONE + HEAD + sum(OF.values())
+LARGEST = max(WIDTH, *CLASSES.values()) * TEACHER  # zeros that the heads share
 STUDENTS = BACKBONE + HEAD + STUDENT * sum(CLASSES.values())
 
 
@@ -87,7 +88,7 @@ STUDENTS = BACKBONE + HEAD + STUDENT * sum(CLASSES.values())
     [
         ({}, ALL, ALL - OF["birds"], ALL),
         ({"ema": 0.9}, 2 * ALL, ALL - OF["birds"], ALL),
-        ({"inactive_heads": "zero"}, ALL, ALL, ALL),
+        ({"inactive_heads": "zero"}, ALL, ALL - OF["birds"] + LARGEST, ALL),
         ({"frozen_epochs": 99.0}, ALL, HEAD + OF["cars"], ALL - BACKBONE),
         ({"freeze_backbone": True}, ALL, HEAD + OF["cars"], ALL - BACKBONE),
         ({"method": "udon-joint"}, ALL, ALL - TEACHER_HEAD - 50, ALL),
@@ -99,7 +100,12 @@ STUDENTS = BACKBONE + HEAD + STUDENT * sum(CLASSES.values())
             BACKBONE + TEACHER_HEAD + 70 * TEACHER,
             BACKBONE + 2 * TEACHER_HEAD + 75 * TEACHER,
         ),
-        ({"method": "teachers", "inactive_heads": "zero"}, ALL, ALL, ALL),
+        (
+            {"method": "teachers", "inactive_heads": "zero"},
+            ALL,
+            BACKBONE + TEACHER_HEAD + 70 * TEACHER + LARGEST,
+            ALL,
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -1,0 +1,179 @@
+"""Whether training with the defaults helps: every method beside the start that it trains from.
+
+    python -m benchmarks.defaults --data DIR... [--unseen DIR]   trains what is missing
+    python -m benchmarks.defaults --table results/README.md      writes the tables, trains nothing
+
+Each data set is trained with every method and several seeds, all else by default, on one thread.
+`start` is the student before its first step: 64 principal axes of the backbone's embeddings of the
+training images. Every student is tested on its own domains, and on those of --unseen, too. The
+result is results/defaults/<data set>/<method>/seed<N>.json; an interrupted run is resumed from its
+checkpoint in runs/defaults/.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from pathlib import Path
+
+import data
+import udon
+from benchmarks import ablation, shared, start, tables
+from benchmarks.shared import positive
+from checkpoint import write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, RUNS = ROOT / "results" / "defaults", ROOT / "runs" / "defaults"
+METHODS = {
+    "udon-joint": "--method udon-joint",
+    "ujc": "--method ujc",
+    "ujc-size": "--method ujc --sampler size",
+    "udon": "--method udon",
+    "usc": "--method usc",
+    "start": "--method usc --steps 1 --head-lr 1e-30",  # a step that changes nothing
+}
+PAIRS = ("udon-joint", "ujc"), ("udon-joint", "ujc-size"), ("udon", "usc")
+KEPT = ("mean", "domains", "val_recall_at_1", "step", "cpu_seconds")
+
+
+# Runs ---------------------------------------------------------------------------------------------
+
+
+def train(root: Path, unseen: Path | None, method: str, seed: int, results: Path, runs: Path):
+    """Trains and tests one run, unless its result exists."""
+    place = Path(root.name, method, f"seed{seed}")
+    target = (results / place).with_suffix(".json")
+    if target.exists():
+        return
+    words = f"--data {root} {METHODS[method]} --seed {seed} --workers 0"
+    result = ablation.train(runs / place, words.split())
+    command = f"python udon.py train {words}".replace(str(root), root.name)
+    about = {"data": root.name, "method": method, "seed": seed, "command": command}
+    about |= {name: result[name] for name in KEPT} | {"backbone": result["backbone"]["mean"]}
+    benchmark = data.Benchmark(str(root))
+    about["images"] = {name: len(benchmark.split(name, "train")) for name in benchmark.domains}
+    if unseen:
+        about["unseen"] = {"data": unseen.name, "mean": evaluated(runs / place, unseen)}
+    about |= {"version": ablation.version(), "machine": shared.machine("cpu")}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_json(target, about | {"date": time.strftime("%Y-%m-%d")})
+    recall = 100 * result["mean"]["recall_at_1"]
+    print(f"{time.strftime('%H:%M:%S')} {place}: R@1 {recall:.2f}", flush=True)
+
+
+def evaluated(run: Path, unseen: Path) -> dict[str, float]:
+    """The means of a run's student on all domains of another data directory."""
+    domains = data.Benchmark(str(unseen)).domains
+    words = ["--data", unseen, "--domains", *domains, "--json", run / "unseen.json"]
+    ablation.call("evaluate.py", run, *words, log=run.with_suffix(".log"))
+    return json.loads((run / "unseen.json").read_text(encoding="utf-8"))["mean"]
+
+
+# Tables -------------------------------------------------------------------------------------------
+
+
+def read(directory: Path) -> dict[str, tables.Results]:
+    """{data set: {method: {seed: result}}}, the largest first. Raises data.InputError for a file
+    that is no result."""
+    found = {}
+    for file in sorted(directory.glob("*/*/seed*.json")):
+        result = start.result_of(file)
+        rows = found.setdefault(file.parent.parent.name, {})
+        rows.setdefault(file.parent.name, {})[result["seed"]] = result
+    return dict(sorted(found.items(), key=lambda item: -start.size_of(item[1])))
+
+
+def of_unseen(results: tables.Results) -> tables.Results:
+    """The results on the domains that were not trained on."""
+    found = {}
+    for method, runs in results.items():
+        kept = {seed: run["unseen"] for seed, run in runs.items() if "unseen" in run}
+        if kept:
+            found[method] = kept
+    return found
+
+
+def table(found: dict[str, tables.Results]) -> str:
+    """The data sets; then a row per data set and method, with the differences from the start."""
+    names = tables.NAMES.values()
+    sizes, seen, unseen = [], [], []
+    for name, results in found.items():
+        run = tables.first(tables.first(results))
+        backbone = [f"{100 * run['backbone'][metric]:.1f}" for metric in tables.NAMES]
+        sizes.append([f"`{name}`", f"{start.size_of(results):,}", str(len(run["domains"]))])
+        sizes[-1] += backbone
+        for method in filter(results.__contains__, METHODS):
+            runs = list(results[method].values())
+            seconds = statistics.fmean(run["cpu_seconds"] for run in runs)
+            seen.append([*row(name, results, method), f"{seconds:.0f}", str(len(runs))])
+        other = of_unseen(results)
+        for method in filter(other.__contains__, METHODS):
+            unseen.append([*row(name, other, method), str(len(other[method]))])
+    backbones = (f"{name}, backbone" for name in names)
+    heading = ["data", "method", *names, *(f"{name} − start" for name in names)]
+    return "\n\n".join(
+        [
+            tables.markdown(["data", "training images", "domains", *backbones], sizes),
+            "The domains that were trained on:",
+            tables.markdown([*heading, "CPU s", "n"], seen),
+            "Domains that were not trained on:",
+            tables.markdown([*heading, "n"], unseen),
+            "One method less another, on the domains that were trained on:",
+            tables.markdown(["data", "methods", *names, "n"], differences(found)),
+        ]
+    )
+
+
+def row(name: str, results: tables.Results, method: str) -> list[str]:
+    cells = [f"`{name}`", tables.code(method), *tables.metric_cells(results[method])]
+    if "start" not in results:
+        return [*cells, *[""] * len(tables.NAMES)]
+    return cells + tables.difference_cells(results, method, "start")
+
+
+def differences(found: dict[str, tables.Results]) -> list[list[str]]:
+    lines = []
+    for (name, results), (method, other) in itertools.product(found.items(), PAIRS):
+        if method in results and other in results:
+            cells = tables.difference_cells(results, method, other)
+            seeds = results[method].keys() & results[other].keys()
+            lines.append([f"`{name}`", f"`{method}` − `{other}`", *cells, str(len(seeds))])
+    return lines
+
+
+# Command line -------------------------------------------------------------------------------------
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = data.Parser(description="Methods with the defaults, beside the start of training.")
+    parser.add_argument("--data", nargs="+", type=Path, metavar="DIR", help="data directories")
+    parser.add_argument("--unseen", type=Path, metavar="DIR", help="test on its domains, too")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="M")
+    parser.add_argument("--seeds", type=positive, default=5, help="(default: 5)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="(default: results/defaults)")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="(default: runs/defaults)")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="write the tables into this file"
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = command_line()
+    options = parser.parse_args(arguments)
+    if not (options.data or options.table):
+        parser.error("give --data to train, or --table")
+    with parser.sentences(udon.USER_ERRORS):
+        for root in (*(options.data or ()), *([options.unseen] if options.unseen else [])):
+            data.Benchmark(str(root))
+        unseen, runs = options.unseen and options.unseen.absolute(), options.runs.absolute()
+        grid = range(options.seeds), options.data or (), options.methods
+        for seed, root, method in itertools.product(*grid):
+            train(root.absolute(), unseen, method, seed, options.results, runs)
+        if options.table:
+            tables.write(options.table, "defaults", lambda: table(read(options.results)))
+
+
+if __name__ == "__main__":
+    main()
