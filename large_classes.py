@@ -46,8 +46,7 @@ def large_class_losses(
                 of the classification loss, whose cosines are raised by domain_margin
     labels      (B,) integers in 0..C-1
     distilled   (B, S) equal to the embeddings, in whose place the distillation loss trains it
-    targets     to distil from, detached: unit rows (B, T) with class weights target_weight (C, T),
-                or cosines (B, C) without
+    targets     to distil from, detached: unit rows (B, T) with class weights target_weight (C, T)
     Memory: at most BYTES, and the gradients, one tensor for each weight.
     The other arguments, gradients, ranges and errors: see losses.py.
     """
@@ -56,8 +55,7 @@ def large_class_losses(
         check_labels(labels, shape)
         labels = labels.long()
     if targets is not None:
-        classes = targets.shape[1] if target_weight is None else len(target_weight)
-        check_shapes(shape, (len(targets), classes))
+        check_shapes(shape, (len(targets), len(target_weight)))
         targets = at_least_float32(targets)
         distilled = embeddings if distilled is None else at_least_float32(distilled)
     with torch.autocast(embeddings.device.type, enabled=False):
@@ -177,11 +175,8 @@ def _true_class(labels: Tensor, part: slice) -> tuple[Tensor, Tensor]:
     return columns.clamp(0, last), (columns >= 0) & (columns <= last)
 
 
-def _cosines(embeddings, weight, part, scale=1.0) -> tuple[Tensor, Tensor | None]:
-    """(B, K) scaled cosines with the classes of a chunk, and (K,) norms of the weights; cosines are
-    given as `embeddings` if `weight` is None."""
-    if weight is None:
-        return embeddings[:, part] * scale, None
+def _cosines(embeddings, weight, part, scale=1.0) -> tuple[Tensor, Tensor]:
+    """(B, K) scaled cosines with the classes of a chunk, and (K,) norms of the weights."""
     rows = weight[part].to(embeddings.dtype)
     norms = torch.linalg.vector_norm(rows, dim=1).clamp_(min=1e-12)
     return (embeddings @ rows.T).mul_(scale / norms), norms

@@ -345,8 +345,8 @@ def initial_weights(config) -> str | Path:
 
 
 class FrozenTeachers:
-    """Trained models as teachers: (images (B, 3, H, W), domain) -> embedding (B, T), unit rows, and
-    cosines (B, C), without gradient.
+    """Trained models as teachers: (images (B, 3, H, W), domain) -> embedding (B, T), unit rows,
+    and the classifier of the domain, T -> C; neither has a gradient.
 
     models   {domain: model.UDON}: its teacher of the domain, or its student where it has none
     sources  {domain: [run, step]}: the checkpoints of the models
@@ -354,13 +354,16 @@ class FrozenTeachers:
 
     def __init__(self, models: dict[str, UDON], sources: dict[str, list] | None = None):
         self.models, self.sources = models, sources or {}
+        for model in models.values():
+            model.requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, images: torch.Tensor, domain: str) -> tuple[torch.Tensor, torch.Tensor]:
-        outputs = self.models[domain](images, domain)
-        if outputs.teacher is None:
-            return outputs.student, outputs.student_cosines
-        return outputs.teacher, outputs.teacher_cosines
+    def __call__(self, images: torch.Tensor, domain: str) -> tuple[torch.Tensor, nn.Module]:
+        model = self.models[domain]
+        _, student, teacher = model.embed_all(images, domain)
+        if teacher is None:
+            return student, model.student_classifiers[domain]
+        return teacher, model.teacher_classifiers[domain]
 
 
 def load_teachers(config, classes, image_size, preprocessing, device) -> FrozenTeachers:

@@ -124,22 +124,23 @@ def compute_losses(
     negatives  "domain": the student's classification loss is over the domain's C classes, as
                published; "all": over those of all domains, with domain_margin added to the cosines
                of the others, so that the student separates the domains
-    teachers   (images, domain) -> embedding (B, T), cosines (B, C): frozen teachers to distil from
-               instead of the model's own
+    teachers   (images, domain) -> embedding (B, T), classifier with weights (C, T): frozen teachers
+               to distil from instead of the model's own
     part       share of these images, and of their losses, in a batch that is computed in parts
     whole      (student, teacher) -> (A, S), (A, T) of the whole batch, for the relational loss
     The other arguments: see losses.py. Raises ValueError for weights that are not four, are all 0,
-    or need a teacher that the model does not have. Source: paper section 3.
+    need a teacher that the model does not have, or train frozen ones. Source: paper section 3.
     """
     backbone, student, teacher = model.embed_all(images, domain)  # backbone once, both heads
-    target, target_cosines = (teacher, None) if teachers is None else teachers(images, domain)
-    check_weights(weights, teacher, target)
+    own, others, teacher_classifier = classifiers_of(model, domain, negatives)
+    if teachers is not None:
+        teacher, teacher_classifier = teachers(images, domain)
+    check_weights(weights, teacher, teachers is not None)
     distilled = student
     if not distill_into_backbone and any(weights[2:]):  # the same values, but no gradient beyond
         distilled = model.student_head(backbone.detach())
-    classifiers = classifiers_of(model, domain, negatives)
-    batch = Batch(labels, student, distilled, teacher, target_cosines, *classifiers)
-    is_large = sum(len(one.weight) for one in (batch.own, *batch.others)) > MANY_CLASSES
+    batch = Batch(labels, student, distilled, teacher, own, others, teacher_classifier)
+    is_large = sum(len(one.weight) for one in (own, *others)) > MANY_CLASSES
     losses = (large_losses if is_large else class_losses)(
         batch,
         weights,
@@ -149,9 +150,9 @@ def compute_losses(
     )
     relational = None
     if weights[3] > 0:
-        pair = whole and whole(distilled, target)
+        pair = whole and whole(distilled, teacher)
         relational = relational_distillation_loss(
-            distilled, target, scale=relational_scale, whole=pair
+            distilled, teacher, scale=relational_scale, whole=pair
         )
     losses = [*(loss if loss is None else part * loss for loss in losses), relational]
     total = sum(weight * loss for weight, loss in zip(weights, losses) if weight > 0)
@@ -164,15 +165,14 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # (B,)
     student: torch.Tensor  # (B, S), trains the backbone, too
     distilled: torch.Tensor  # (B, S), equal to it, for the distillation losses
-    teacher: torch.Tensor | None  # (B, T)
-    target_cosines: torch.Tensor | None  # (B, C) of frozen teachers
+    teacher: torch.Tensor | None  # (B, T), which is distilled from
     own: nn.Module  # the student's classifier of the domain
     others: list[nn.Module]  # those of other domains, if their classes are negatives, too
     teacher_classifier: nn.Module | None
 
 
 def classifiers_of(model, domain, negatives) -> tuple[nn.Module, list[nn.Module], nn.Module | None]:
-    """The last three fields of a Batch."""
+    """The last three fields of a Batch, with the model's own teacher."""
     own = model.student_classifiers[domain]
     others = [c for other, c in model.student_classifiers.items() if other != domain]
     teacher = model.teacher_classifiers[domain] if model.teacher_heads else None
@@ -182,8 +182,7 @@ def classifiers_of(model, domain, negatives) -> tuple[nn.Module, list[nn.Module]
 def class_losses(batch: Batch, weights, domain_margin, temperature, settings) -> list:
     """Classification of the teacher and of the student, and logit distillation."""
     losses = [None] * 3
-    teacher_cosines = batch.target_cosines
-    if batch.teacher is not None and (weights[0] > 0 or teacher_cosines is None):
+    if weights[0] > 0 or weights[2] > 0:
         teacher_cosines = batch.teacher_classifier(batch.teacher)  # (B, C)
     if weights[0] > 0:
         losses[0] = classification_loss(teacher_cosines, batch.labels, **settings)
@@ -203,21 +202,19 @@ def class_losses(batch: Batch, weights, domain_margin, temperature, settings) ->
 
 def large_losses(batch: Batch, weights, domain_margin, temperature, settings) -> list:
     """class_losses for very many classes: in chunks, without a matrix (B, C)."""
-    losses = [None] * 3
-    targets = batch.target_cosines, None
-    if batch.teacher is not None:
-        targets = batch.teacher, batch.teacher_classifier.weight
+    losses, targets = [None] * 3, ()
     if weights[0] > 0:
         losses[0], _ = large_class_losses(
             batch.teacher, [batch.teacher_classifier.weight], batch.labels, **settings
         )
+    if weights[2] > 0:
+        targets = batch.distilled, batch.teacher, batch.teacher_classifier.weight
     if weights[1] > 0 or weights[2] > 0:
         losses[1:] = large_class_losses(
             batch.student,
             [classifier.weight for classifier in (batch.own, *batch.others)],
             batch.labels if weights[1] > 0 else None,
-            batch.distilled,
-            *(targets if weights[2] > 0 else ()),
+            *targets,
             temperature=temperature,
             domain_margin=domain_margin,
             **settings,
@@ -225,11 +222,14 @@ def large_losses(batch: Batch, weights, domain_margin, temperature, settings) ->
     return losses
 
 
-def check_weights(weights, own_teacher, teacher):
-    """Raises ValueError for weights that are not four, are all 0 or need a teacher that is None."""
+def check_weights(weights, teacher, is_frozen):
+    """Raises ValueError for weights that are not four, are all 0, need a teacher that is None or
+    train a frozen one."""
     if len(weights) != 4 or not sum(weights) > 0:
         raise ValueError(f"weights are {weights}: give four, one for each loss, not all 0")
-    if (weights[0] > 0 and own_teacher is None) or (any(weights[2:]) and teacher is None):
+    if weights[0] > 0 and is_frozen:
+        raise ValueError(f"weights are {weights}: with frozen teachers the first must be 0")
+    if teacher is None and (weights[0] > 0 or any(weights[2:])):
         raise ValueError(f"weights are {weights}, but the model has no teachers: use (0, 1, 0, 0)")
 
 

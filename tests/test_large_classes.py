@@ -20,7 +20,7 @@ from losses import classification_loss, logit_distillation_loss
 
 ROOT = Path(__file__).parents[1]
 KINDS = [("normface", 0.0), ("cosface", 0.35), ("arcface", 0.5)]  # kind, margin
-TERMS = [(True, None), (False, "teacher"), (True, "teacher"), (True, "cosines")]
+TERMS = [(True, False), (False, True), (True, True)]  # classification, distillation
 DEFAULTS = dict(scale=16, temperature=0.1, domain_margin=0.2)
 
 
@@ -44,15 +44,15 @@ def plain_losses(
         classification = classification_loss(cosines, labels, **options)
     if targets is not None:
         student = cosines_of(distilled, weights[0])
-        teacher = targets if target_weight is None else cosines_of(targets, target_weight)
+        teacher = cosines_of(targets, target_weight)
         both = dict(student_temperature=temperature, teacher_temperature=temperature)
         distillation = logit_distillation_loss(student, teacher, **both)
     return classification, distillation
 
 
-def random_inputs(seed, batch, classes, widths, terms=(True, "teacher"), dtype=torch.float64):
+def random_inputs(seed, batch, classes, widths, terms=(True, True), dtype=torch.float64):
     """The first six arguments: `classes` of the domain and of others, widths S and T; whether there
-    are labels, and what is distilled from. The norms of the weights range from 0.01 to 100."""
+    are labels, and targets. The norms of the weights range from 0.01 to 100."""
     generator = torch.Generator().manual_seed(seed)
 
     def rows(count, width, exponents=0.0):
@@ -63,12 +63,9 @@ def random_inputs(seed, batch, classes, widths, terms=(True, "teacher"), dtype=t
     embeddings = rows(batch, widths[0])
     weights = [rows(count, widths[0], 2) for count in classes]
     labels = torch.randint(0, classes[0], (batch,), generator=generator)
-    targets = {
-        None: (None, None),
-        "teacher": (rows(batch, widths[1]), rows(classes[0], widths[1], 2)),
-        "cosines": (rows(batch, classes[0]), None),
-    }[terms[1]]
+    targets = rows(batch, widths[1]), rows(classes[0], widths[1], 2)
     distilled = embeddings.detach().clone().requires_grad_()
+    targets = targets if terms[1] else (None, None)
     return embeddings, weights, labels if terms[0] else None, distilled, *targets
 
 
@@ -240,10 +237,9 @@ def test_memory_stays_below_the_stated_bytes_for_large_batches():
         (torch.tensor([0, 1, 2]), 6, "teacher cosines (3, 6)"),
     ],
 )
-@pytest.mark.parametrize("ready", [False, True])
-def test_invalid_input_is_named_as_in_losses(labels, classes, words, ready):
+def test_invalid_input_is_named_as_in_losses(labels, classes, words):
     embeddings, weights = torch.zeros(3, 2), [torch.ones(5, 2)]
-    targets = (torch.zeros(3, classes), None) if ready else (embeddings, torch.ones(classes, 2))
+    targets = embeddings, torch.ones(classes, 2)
     with pytest.raises(ValueError, match=re.escape(words)):
         large_class_losses(embeddings, weights, labels, embeddings, *targets)
 

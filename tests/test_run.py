@@ -290,9 +290,10 @@ def test_teachers_are_loaded_from_a_directory_of_runs(tmp_path):
     teachers = run.load_teachers(config, CLASSES, 16, HALF, "cpu")
     images = torch.randn(2, 3, 16, 16)
     for domain, model in specialists().items():
-        vectors, cosines = teachers(images, domain)
-        assert torch.equal(vectors, model.embed(images)) and cosines.shape == (2, CLASSES[domain])
-        assert not vectors.requires_grad and not cosines.requires_grad
+        vectors, classifier = teachers(images, domain)
+        assert torch.equal(vectors, model.embed(images))
+        assert torch.equal(classifier.weight, model.student_classifiers[domain].weight)
+        assert not vectors.requires_grad and not classifier.weight.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,12 @@ def test_a_model_without_teachers_has_none_to_train_or_distil_from(weights):
         udon.compute_losses(model, *tiny_batch(), "birds", weights=weights)
 
 
+def test_frozen_teachers_are_not_trained():
+    frozen = run_module.FrozenTeachers(dict.fromkeys(CLASSES, tiny_model(1)))
+    with pytest.raises(ValueError, match="with frozen teachers the first must be 0"):
+        udon.compute_losses(tiny_model(), *tiny_batch(), "birds", teachers=frozen)
+
+
 def test_both_rules_give_the_same_losses():
     model = tiny_model()
     rules = [
@@ -340,16 +346,21 @@ def test_losses_in_chunks_equal_the_plain_ones(monkeypatch, method):
         assert torch.allclose(others[name], gradient, rtol=1e-9, atol=1e-12), name
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("negatives", ["domain", "all"])
 @pytest.mark.parametrize("excess", [-2, -1, 0, 1])
-def test_cosines_are_computed_up_to_the_limit_only(monkeypatch, negatives, excess):
+def test_cosines_are_computed_up_to_the_limit_only(monkeypatch, negatives, excess, frozen):
     """The limit is of the classes that the student separates: here of birds and 2 more."""
     monkeypatch.setattr(CosineClassifier, "forward", mock.Mock(side_effect=InterruptedError))
     classes = {"birds": udon.MANY_CLASSES + excess, "cars": 2}
     model, (images, labels) = UDON(ViT(**TINY), classes), tiny_batch(dtype=torch.float32)
+    options = {"negatives": negatives}
+    if frozen:
+        teachers = run_module.FrozenTeachers({"birds": copy.deepcopy(model)})
+        options |= {"teachers": teachers, "weights": (0, 1, 1, 1)}
     plain = excess + 2 * (negatives == "all") <= 0
     with pytest.raises(InterruptedError) if plain else contextlib.nullcontext():
-        udon.compute_losses(model, images, labels, "birds", negatives=negatives)
+        udon.compute_losses(model, images, labels, "birds", **options)
 
 
 # Steps --------------------------------------------------------------------------------------------
