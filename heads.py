@@ -100,7 +100,7 @@ def start_from_images(
 
     def start_classes(classifier, head, domain):
         if names[classifier] not in filled:
-            targets = head(centres[domain].float().to(device))
+            targets = head(centres[domain].to(head.weight))
             known = targets.norm(dim=1) > 0.5  # not NaN, nor the 0 of a class at the domain's mean
             classifier.weight[known] = targets[known]
 

@@ -82,14 +82,19 @@ def step_memory(run, losses: Callable) -> Memory:
     if config.inactive_heads == "zero":
         kinds |= {name.split(".")[0] for name in sizes} - {"backbone"}
     trained = {p for name, p in model.named_parameters() if name.split(".")[0] in kinds}
-    models = [model, run.average, *(run.teachers.models.values() if run.teachers else ())]
-    weights = {p: p.nbytes for one in models if one is not None for p in one.parameters()}
+    models = [model, *([run.average] if run.average else []), *frozen_models(run)]
+    weights = {p: p.nbytes for one in models for p in one.parameters()}
     moments = 2 * sum(p.nbytes for p in trained)
     activations = max(peak - gradients, 0)
     gradients *= 1 if distributed.size() == 1 else 2  # and their sums over the processes
     if config.inactive_heads == "zero":  # views of one tensor
         gradients += max(sizes[name] for name in sizes if not name.startswith("backbone."))
     return Memory(*(domain, piece, sum(weights.values()), gradients, moments, activations, trained))
+
+
+def frozen_models(run) -> list[nn.Module]:
+    """The teachers of the method distill."""
+    return list(run.teachers.models.values()) if run.teachers else []
 
 
 def input_shape(run) -> tuple[int, ...]:
@@ -111,7 +116,9 @@ def traced_step(run, losses, domain: str, count: int) -> tuple[list[int], set[st
     images = torch.zeros(count, *input_shape(run), device=run.device)
     labels = torch.zeros(count, dtype=torch.int64, device=run.device)
     generators = [run.device] if run.device.startswith("cuda") else []
-    allocations = Allocations([*model.parameters(), *model.buffers()])
+    models = [model, *frozen_models(run)]
+    known = [tensor for one in models for tensor in (*one.parameters(), *one.buffers())]
+    allocations = Allocations(known)
     with torch.random.fork_rng(generators), allocations:
         for _ in range(min(config.accumulate, 2)):  # the second one finds gradients
             losses(model, images, labels, domain).total.backward()

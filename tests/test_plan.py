@@ -196,14 +196,21 @@ def test_activations_are_those_of_a_real_step(options):
     assert peak / FACTOR <= estimate <= peak * FACTOR, estimate / peak
 
 
-@pytest.mark.parametrize("method", ["udon", "udon-joint", "usc"])
+@pytest.mark.parametrize("method", ["udon", "udon-joint", "usc", "distill"])
 def test_activations_of_many_classes(monkeypatch, method):
-    """Their losses are computed in chunks, whose number depends on the size of the batch."""
+    """Their losses are computed in chunks, whose number depends on the size of the batch; no tensor
+    has a value for each image and class."""
     monkeypatch.setitem(CLASSES, "cars", 40_000)
-    run = run_of(ViT(32, 8, 48, 3, 4), 32, batch_size=48, method=method)
+    options = {"teachers": "best.pt"} if method == "distill" else {}
+    run = run_of(ViT(32, 8, 48, 3, 4), 32, batch_size=48, method=method, **options)
+    if method == "distill":
+        teacher = run_of(ViT(32, 8, 192, 6, 4), 32).model  # its weights are not activations
+        run.teachers = runs.FrozenTeachers(dict.fromkeys(CLASSES, teacher))
     memory, images = memory_of(run), torch.rand(48, 3, 32, 32)
     peak = images.nbytes + allocated(run, images, "cars")
     assert peak / FACTOR <= memory.gradients + memory.activations <= peak * FACTOR
+    sizes, _ = plan.traced_step(run, udon.losses_of(run), "cars", 200)
+    assert max(sizes) < 4 * 200 * 40_000
 
 
 class Normalised(nn.Module):
