@@ -9,6 +9,7 @@
     gathered(rows, count)     the rows of all processes, in the order of the ranks, no gradient
     collected(value)          the values of all processes
     agreed(value)             the value of rank 0 on all processes
+    spread(tensors)           copies the tensors of rank 0 into those of all processes
     require_same(values)      raises DistributedError unless all processes have the same values
     GradientSum(parameters)   sums gradients over the processes while the backward pass runs
     first_to_end()            whether this process is the first to end early; that one says why
@@ -303,6 +304,17 @@ def agreed(value: object) -> object:
         with messages():
             dist.broadcast_object_list(values)
     return values[0]
+
+
+@torch.no_grad()
+def spread(tensors: Iterable[Tensor]) -> None:
+    """Copies the tensors of rank 0 into those of all processes."""
+    if size() > 1:
+        for tensor in tensors:
+            values = tensor.contiguous()
+            with messages():
+                dist.broadcast(values, 0)
+            tensor.copy_(values)
 
 
 def require_same(values: dict) -> None:

@@ -251,7 +251,7 @@ class Store:
         now = time.process_time()
         self.cpu_seconds += now - self.cpu_started
         self.saved, self.cpu_started = time.perf_counter(), now
-        distributed.agreed(None)
+        distributed.collected(None)  # rank 0 waits for all
         if distributed.rank() == 0:
             self.write_about()
 

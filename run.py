@@ -465,9 +465,11 @@ def start_model(config, splits, device, backbone) -> tuple[UDON, dict, dict]:
     if backbone is None and checkpoint.is_checkpoint(path := initial_weights(config)):
         filled = heads.continue_heads(model, path, splits)
     model.to(device)
+    distributed.spread(model.parameters())  # other machines may round in another way
     if config.student_init == "pca":
         size = architecture["backbone"]["image_size"]
         heads.start_from_images(model, splits, size, preprocessing, filled, config.seed)
+        distributed.spread(model.parameters())
     return model, architecture, preprocessing
 
 
@@ -483,6 +485,9 @@ def build_run(
         keep_freed_memory()
     classes = {domain: split.num_classes for domain, split in splits.items()}
     digests = {domain: split.digest() for domain, split in splits.items()}
+    distributed.require_same(
+        {f"the digest of the train images of {d}": text[:16] for d, text in digests.items()}
+    )
     if state is None:
         model, architecture, preprocessing = start_model(config, splits, device, backbone)
     else:
@@ -510,6 +515,9 @@ def build_run(
     if config.teachers is not None:
         size = architecture["backbone"]["image_size"]
         teachers = load_teachers(config, classes, size, preprocessing, device)
+    sources = {"the [run, step] of --teachers": teachers and teachers.sources}
+    sources |= {"the backbone": architecture["backbone"], "the preprocessing": preprocessing}
+    distributed.require_same(sources)
     optimizer = build_optimizer(model, config)
     steps_per_epoch = max(1, sum(sizes.values()) // config.batch_size)
     run = Run(

@@ -347,13 +347,7 @@ def train(config: Config, resume: bool = False, backbone: nn.Module | None = Non
         raise ConfigError("config.out is None: to resume, set it to the directory of the run")
     with contextlib.ExitStack() as stack:
         stack.enter_context(distributed.processes(config.device))
-        values = {options.flag(name): value for name, value in dataclasses.asdict(config).items()}
-        distributed.require_same(values | {"--resume": resume})
-        if config.batch_size < distributed.size():
-            raise ConfigError(
-                f"--batch-size is {config.batch_size}, but there are {distributed.size()} "
-                "processes, each of which takes an image or more: start fewer"
-            )
+        check_processes(config, resume)
         out = own_directory(stack, config.out, resume)
         distributed.remember("directory", str(config.out))
         config = dataclasses.replace(config, out=str(out))
@@ -373,10 +367,22 @@ def train(config: Config, resume: bool = False, backbone: nn.Module | None = Non
             if results:
                 print(f"\n{one.method}, for comparison:")
             results[one.method] = train_one(one, started, interruption, benchmark, own)
-    if config.compare:
-        print(f"\n{', '.join(results)} beside the backbone before training, test queries:")
-        print(evaluate.table(results | {"backbone": results[config.method]["backbone"]}))
+        if config.compare:
+            print(f"\n{', '.join(results)} beside the backbone before training, test queries:")
+            print(evaluate.table(results | {"backbone": results[config.method]["backbone"]}))
     return results[config.method]
+
+
+def check_processes(config: Config, resume: bool = False) -> None:
+    """Raises DistributedError unless all processes have the same options, ConfigError unless each
+    has an image of a batch."""
+    values = {options.flag(name): value for name, value in dataclasses.asdict(config).items()}
+    distributed.require_same(values | {"--resume": resume})
+    if config.batch_size < distributed.size():
+        raise ConfigError(
+            f"--batch-size is {config.batch_size}, but there are {distributed.size()} "
+            "processes, each of which takes an image or more: start fewer"
+        )
 
 
 def own_directory(stack: contextlib.ExitStack, out: str | None, resume: bool) -> Path:
@@ -407,8 +413,7 @@ def train_one(
         directory = interruption.out / "features" / "test"  # the runs of --compare share it
         run.features = features.TestFeatures(directory, run.model, run.preprocessing)
     test_sets, val_sets = open_sets("test", size), open_sets("val", size, keep=repeated)
-    same = {f"the digest of the train images of {d}": text[:16] for d, text in run.digests.items()}
-    same |= evaluate.digests(val_sets) | evaluate.digests(test_sets) | {"the step": run.step}
+    same = evaluate.digests(val_sets) | evaluate.digests(test_sets) | {"the step": run.step}
     distributed.require_same(same)
     evaluate.check_validation(val_sets)
     evaluate.note_memory(test_sets, run.model.backbone.width)
@@ -611,6 +616,7 @@ def finish(run: Run, test_sets: dict, metrics: rundir.MetricsLog) -> dict:
 def dry_run(config: Config) -> None:
     """Prints what `train` would take, measured on generated images. Writes nothing."""
     with distributed.processes(config.device), products("high"):
+        check_processes(config)
         if config.student_init == "pca":
             print("note: heads and classifiers start at random here; real ones start from images")
             config = dataclasses.replace(config, student_init="lecun")

@@ -25,6 +25,7 @@ import config as options
 import data
 import distributed
 import evaluate
+import run as run_module
 import udon
 from config import Config
 from kernels import cosine_topk
@@ -191,14 +192,34 @@ def test_processes_equal_one_process(alone, tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(uned, tmp_path_factory):
-    """The same run on one process and on two, and the evaluation of one checkpoint on three."""
+    """The same run on one process and on two, of which the second one would start from other
+    weights, and the evaluation of one checkpoint on three."""
     root = tmp_path_factory.mktemp("runs")
     train(uned, root / "one")
-    two = job(2, lambda rank: train(uned, root / "two"), root)
+
+    def run(rank):
+        if rank == 1:
+            change_start()
+        train(uned, root / "two")
+
+    two = job(2, run, root)
     command = [str(root / "one" / "best.pt"), "--json", str(root / "three.json")]
     three = job(3, lambda rank: evaluate.main(command), root)
     assert [process.status for process in (*two, *three)] == [0] * 5, (two, three)
     return root, two
+
+
+def change_start():
+    """Lets models start from other weights."""
+    build = run_module.build_model
+
+    def build_model(*arguments):
+        model, *others = build(*arguments)
+        for parameter in model.parameters():
+            parameter.data += 0.1
+        return model, *others
+
+    run_module.build_model = build_model
 
 
 def test_a_run_of_two_processes_equals_one(runs):
@@ -380,8 +401,10 @@ def test_an_error_of_all_ranks_is_printed_once(uned, tmp_path, option):
     assert not (tmp_path / "run").exists()
 
 
-def test_more_processes_than_images_of_a_batch(uned, tmp_path):
-    ended = job(3, lambda rank: train(uned, tmp_path / "run", "--batch-size", 2), tmp_path)
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_more_processes_than_images_of_a_batch(uned, tmp_path, options):
+    options = ["--batch-size", 2, *options]
+    ended = job(3, lambda rank: train(uned, tmp_path / "run", *options), tmp_path)
     (sentence,) = sentences(ended)
     assert "--batch-size is 2, but there are 3 processes" in sentence
 
@@ -401,13 +424,16 @@ def other_comparison(uned, out):
     train(uned, out, "--compare", "usc")
 
 
-def other_class(uned, out):
-    copy = shutil.copytree(uned, out.parent / "data")
-    file = copy / "info_files" / "cars" / "test.json"
-    file.write_text(json.dumps(json.loads(file.read_text())[:-1]))
-    benchmark = data.Benchmark
-    data.Benchmark = lambda root, *arguments, **options: benchmark(copy, *arguments, **options)
-    train(uned, out)
+def other_data(split, *options):
+    def function(uned, out):
+        copy = shutil.copytree(uned, out.parent / "data")
+        file = copy / "info_files" / "cars" / f"{split}.json"
+        file.write_text(json.dumps(json.loads(file.read_text())[:-1]))
+        benchmark = data.Benchmark
+        data.Benchmark = lambda root, *arguments, **others: benchmark(copy, *arguments, **others)
+        train(uned, out, *options)
+
+    return function
 
 
 def other_code(uned, out):
@@ -425,7 +451,8 @@ def no_gpu(uned, out):
         (other_seed, "--seed is 0 on rank 0 but 1 on rank 1"),
         (other_domains, "--domains is None on rank 0 but ('birds',) on rank 1"),
         (other_comparison, "--compare is () on rank 0 but ('usc',) on rank 1"),
-        (other_class, "the digest of the test images of cars is "),
+        (other_data("test"), "the digest of the test images of cars is "),
+        (other_data("train"), "the digest of the train images of cars is "),
         (other_code, "the digest of the code is "),
     ],
 )
@@ -435,6 +462,20 @@ def test_ranks_that_differ_are_refused(uned, tmp_path, other, named):
     (sentence,) = sentences(ended)
     assert named in sentence and "on rank 0 but" in sentence and "on rank 1" in sentence
     assert not run.exists()
+
+
+def test_other_teachers_are_refused(uned, runs, tmp_path):
+    """Two checkpoints of the same path, as on two machines."""
+    options = ["--method", "distill", "--teachers", tmp_path / "best.pt", "--dry-run"]
+    load = run_module.checkpoint.load
+
+    def run(rank):
+        path = runs[0] / ("one", "two")[rank] / "best.pt"
+        run_module.checkpoint.load = lambda _, *others: load(path, *others)
+        train(uned, tmp_path / "run", *options)
+
+    (sentence,) = sentences(job(2, run, tmp_path))
+    assert "the [run, step] of --teachers is {'birds': [" in sentence
 
 
 @pytest.mark.parametrize("gpus, named", [((1, 1), "has 1 GPUs"), ((2, 0), "the CPU on rank 1")])
@@ -500,6 +541,7 @@ def assert_equal(one, other):
 
 
 def test_skipped_images_are_those_of_all_ranks(uned, tmp_path):
+    """Also of a comparison, whose table is printed once."""
     write_uned(tmp_path / "data", images=30)
     damaged = []
     for name in ("train", "test"):
@@ -509,12 +551,13 @@ def test_skipped_images_are_those_of_all_ranks(uned, tmp_path):
 
     def run(rank):
         data.MEMORY_LIMIT = 0
-        options = ("--on-bad-image", "skip", "--workers", 0, "--steps", 40)
+        options = ("--on-bad-image", "skip", "--workers", 0, "--steps", 40, "--compare", "usc")
         train(tmp_path / "data", tmp_path / "run", *options)
 
     ended = job(2, run, tmp_path)
     assert [process.status for process in ended] == [0, 0], ended
     assert list(json.loads((tmp_path / "run" / "skipped.json").read_text())) == damaged
+    assert "udon, usc beside the backbone" in ended[0].out and not ended[1].out
 
 
 def test_skipped_images_of_all_ranks_count_together(monkeypatch):

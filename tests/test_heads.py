@@ -105,9 +105,10 @@ def test_a_class_starts_at_the_mean_of_its_images(splits):
 
 def test_a_class_that_is_a_whole_domain_keeps_its_random_weights(random_model):
     """Its mean is the mean of the domain, whose embedding has no direction; so has a class without
-    images that can be read."""
+    images that can be read. The model is in float64."""
     pixels = np.full((4, 32, 32, 3), 200, dtype=np.uint8)
     model = UDON(copy.deepcopy(random_model.backbone), {"flat": 2}, student_dim=4, teacher_dim=128)
+    model.double().backbone.register_forward_pre_hook(lambda _, images: images[0].double())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     split = data.Split("flat", "train", np.array([0, 0, 0, 1], dtype=np.int32), pixels=pixels)
     split.bad_rows[3] = "unreadable"
