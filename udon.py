@@ -602,8 +602,9 @@ def finish(run: Run, test_sets: dict, metrics: rundir.MetricsLog) -> dict:
     print(evaluate.table({config.method: results, "backbone": run.backbone}))
     if results["mean"]["recall_at_1"] <= run.backbone["mean"]["recall_at_1"] and run.steps:
         print(
-            f"the trained {config.embedding} embedding is not better than the backbone alone; few "
-            "images or classes are a common cause: try fewer --epochs or a lower --backbone-lr"
+            f"R@1 of the trained {config.embedding} embedding is not above that of the backbone "
+            "alone; few images or classes are a common cause: try fewer --epochs or a lower "
+            "--backbone-lr"
         )
     arguments = [str(best), *(["--data", config.data] if config.data else [])]
     if own is None:

@@ -12,6 +12,7 @@ import evaluate
 from benchmarks import (
     ablation,
     added_domain,
+    defaults,
     embedding,
     estimates,
     jax_step,
@@ -54,6 +55,11 @@ def test_tables_of_the_ablation():
 def test_table_of_the_procedural_domains():
     pytest.importorskip("scipy")
     assert marked("procedural") == procedural.table(procedural.read(procedural.RESULTS))
+
+
+def test_tables_of_the_defaults():
+    pytest.importorskip("scipy")
+    assert marked("defaults") == defaults.table(defaults.read(defaults.RESULTS))
 
 
 def test_table_of_starts():
