@@ -456,7 +456,8 @@ def check_losses(config):
     trains = config.steps is not None or config.epochs > 0
     require(
         any(config.weights) or not trains,
-        f"{weights}, so that nothing is trained: raise one above 0, or use --method backbone",
+        f"{weights}, so that nothing is trained: raise one above 0, or use --method backbone "
+        "without --steps and --epochs",
     )
     require(
         trains or not any(config.weights),

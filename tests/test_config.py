@@ -263,8 +263,8 @@ WRONG = [
 ]
 CONTRADICTIONS = [
     ({"weights": (0, 0, 0, 0)}, "--weights are 0 0 0 0, so that nothing is trained"),
-    ({"method": "backbone", "epochs": 3}, "so that nothing is trained"),
-    ({"method": "backbone", "steps": 3}, "so that nothing is trained"),
+    ({"method": "backbone", "epochs": 3}, "use --method backbone without --steps and --epochs"),
+    ({"method": "backbone", "steps": 3}, "without --steps and --epochs"),
     ({"weights": (0, 1, 1, 0), "sampler": "size"}, "--teachers is not given"),
     ({"method": "distill"}, "--teachers is not given"),
     ({"teachers": "best.pt"}, "--teachers is best.pt but --weights are 1"),

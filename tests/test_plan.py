@@ -5,10 +5,8 @@ import contextlib
 import copy
 import io
 import itertools
-import os
 import re
 import shutil
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_distributed import job
 from torch import nn
 
 import data
@@ -501,34 +500,13 @@ def test_the_peak_of_memory_is_that_of_a_domain():
         assert peaks["birds"] - peaks["cars"] == pytest.approx(100e6, rel=0.2), peaks
 
 
-def in_processes(count, function):
-    """Calls a function in forks of this process, as torchrun's."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if not child:
-            try:
-                os.environ.update(place, RANK=str(rank), WORLD_SIZE=str(count))
-                function(rank)
-                os._exit(0)
-            finally:
-                os._exit(1)
-        children.append(child)
-    return [os.waitpid(child, 0)[1] for child in children]
-
-
 def test_a_dry_run_of_two_processes(manifests, tmp_path):
-    def train(rank):
-        with open(tmp_path / f"{rank}.txt", "w") as file, contextlib.redirect_stdout(file):
-            options = ["--data", str(manifests), "--steps", "4", "--frozen-epochs", "0"]
-            udon.main(["train", "--dry-run", *QUICK.split(), *options])
-
-    assert in_processes(2, train) == [0, 0]
-    assert not (tmp_path / "1.txt").read_text()
-    printed = (tmp_path / "0.txt").read_text()
+    options = ["--data", str(manifests), "--steps", "4", "--frozen-epochs", "0"]
+    command = ["train", "--dry-run", *QUICK.split(), *options]
+    ended = job(2, lambda rank: udon.main(command), tmp_path)
+    assert [process.status for process in ended] == [0, 0], ended
+    assert not ended[1].out
+    printed = ended[0].out
     assert "2 images at a time in each process" in printed
     weights, gradients = map(
         float, re.search(r"weights (\S+) \+ gradients (\S+)", printed).groups()
