@@ -6,6 +6,7 @@
     rank(), size()            of this process, and their number; 0 and 1 without torchrun
     share(count)              slice of `count` rows that belong to this process
     total(tensor)             the sum over all processes
+    largest(number)           the largest integer of all processes
     gathered(rows, count)     the rows of all processes, in the order of the ranks, no gradient
     collected(value)          the values of all processes
     agreed(value)             the value of rank 0 on all processes
@@ -271,6 +272,16 @@ def total(tensor: Tensor) -> Tensor:
         with messages():
             dist.all_reduce(tensor)
     return tensor
+
+
+def largest(number: int) -> int:
+    """The largest of the integers of all processes, several times as fast as `collected`."""
+    if size() > 1:
+        value = torch.tensor(number)
+        with messages():
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        number = value.item()
+    return number
 
 
 def collected(value: object) -> list:

@@ -342,12 +342,12 @@ def compute(store, model, views, preprocessing, workers, interruption) -> None:
                 end = starts[number] + size * views.size
                 store.rows[domain] = min(end, len(views.splits[domain]))
                 meter.report()
-                states = distributed.collected((interruption.requested, store.due))
-                if any(map(any, states)):
+                requested = distributed.largest(interruption.requested)  # by any process
+                if requested or distributed.largest(int(store.due)):
                     save(store, views.splits)
-                interruption.requested = max(requested for requested, _ in states)
-                if interruption.requested:
+                if requested:
                     distributed.agreed(None)  # rank 0 has saved: torchrun stops all when one ends
+                    interruption.requested = requested
                     interruption.stop()
     save(store, views.splits)
     interruption.polled = False

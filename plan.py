@@ -471,7 +471,7 @@ def measured(run, splits, step: Callable, memory: Memory | None) -> Iterator[tup
         batch = generated(run, splits, domain)
         reset_peak(run.device)
         seconds = {kind: timed(run, step, batch, start) for kind, start in starts.items()}
-        peak = max(distributed.collected(peak_memory(run.device)))
+        peak = distributed.largest(peak_memory(run.device))
         steps = {kind: counts[b][domain] - counts[a][domain] for kind, (a, b) in spans.items()}
         yield domain, Measured(steps, seconds, peak)
 

@@ -509,7 +509,7 @@ def fit(run: Run, batches: data.TrainBatches, stream, val_sets, metrics, interru
                 checkpoint.write_json(run.out / "stopped.json", error.about | {"files": files})
             raise
         progress.add(domain, losses.total, seconds, waited)
-        requested = max(distributed.collected(interruption.requested))  # by any process
+        requested = distributed.largest(interruption.requested)  # by any process
         if requested or run.step % config.save_every == 0:
             run.save(metrics)
         if requested:

@@ -7,6 +7,8 @@ import os
 import resource
 import shutil
 import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -346,6 +348,27 @@ def test_a_killed_run_is_resumed(uned, finished, tmp_path, monkeypatch, place, c
     assert faults.wait(process, SECONDS) == -signal.SIGKILL
     resume(out)
     assert_same_run(finished[0], out)
+
+
+def test_a_signal_to_a_process_that_waits_for_another_one(uned, tmp_path):
+    embedded = features.embedded
+
+    def run(rank):
+        def first(*arguments):
+            features.embedded = embedded
+            if rank == 0:
+                time.sleep(0.4)
+            else:
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            return embedded(*arguments)
+
+        features.embedded = first
+        train(tmp_path / "run", data=uned)
+
+    ended = job(2, run, tmp_path)
+    assert ended[1].status == 143, ended
+    about = json.loads((tmp_path / "run" / "features" / "about.json").read_text())
+    assert 0 < sum(about["rows"].values()) < 40
 
 
 def test_a_bad_image_is_skipped_and_stays_known(tmp_path, monkeypatch):
