@@ -38,11 +38,12 @@ class ConfigError(ValueError):
 COMPACT = {
     "image_size": 48,
     "init": "compact",
-    "batch_size": 64,
+    "batch_size": 32,
     "epochs": 6.0,
     "period": 100,
     "head_lr": 3e-3,
-    "backbone_lr": 3e-4,
+    "backbone_lr": 6e-4,
+    "schedule": "cosine",
     "frozen_epochs": 0.2,
     "student_init": "pca",
 }
@@ -211,7 +212,7 @@ class Config:
     head_lr: float = 1e-3
     """Learning rate of heads and classifiers (paper section 4)."""
     backbone_lr: float = 1e-5
-    """Learning rate of the backbone (paper section 4, for public weights); raise it to about 3e-4
+    """Learning rate of the backbone (paper section 4, for public weights); raise it to about 6e-4
     for compact weights and 1e-3 for random ones."""
     frozen_epochs: float = 2.0
     """Epochs at the start that train the heads alone (paper section 4); 0 with --init scratch."""
@@ -625,11 +626,13 @@ def check_same(config: Config, started: Config, place: str) -> None:
     """Raises ConfigError if `config` cannot continue the run in `place`, started as `started`."""
     for name in DEFAULTS:
         value, before = getattr(config, name), getattr(started, name)
-        fixed = name not in MAY_CHANGE or (name == "steps" and started.schedule != "constant")
-        if fixed and value != before:
+        ends = name == "steps" and started.schedule != "constant"
+        if (ends or name not in MAY_CHANGE) and value != before:
+            reason = ", at which its cosine schedule ends" if ends else ""
+            start = "train on in a new one, --init RUN" if ends else "start a new run"
             raise ConfigError(
-                f"{flag(name)} is {shown(value)}, but {place} was started with {shown(before)}: "
-                "use that value, or start a new run"
+                f"{flag(name)} is {shown(value)}, but {place} was started with "
+                f"{shown(before)}{reason}: use that value, or {start}"
             )
 
 

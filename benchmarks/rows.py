@@ -19,8 +19,10 @@ import udon
 from config import Config
 
 MAIN_SEEDS, SEEDS, SETTING_SEEDS = 5, 3, 2
-# Random heads, trained alone for an epoch: the defaults of the time; see benchmarks/start.py.
-START = "--student-init lecun --frozen-epochs 1"
+# The defaults and the compact weights of the time; for those of now see benchmarks/defaults.py.
+WEIGHTS = "weights/mini_22_epochs.pt"
+SCHEDULE = f"--init {WEIGHTS} --batch-size 64 --backbone-lr 3e-4 --schedule constant"
+START = f"--student-init lecun --frozen-epochs 1 {SCHEDULE}"
 BASELINE = "usc"
 
 
@@ -120,8 +122,10 @@ VARIATIONS = {
     f"udon-joint-{name}": Row(SEEDS, f"--method udon-joint {options}", base="udon-joint")
     for name, options in CHANGES.items()
 } | {
-    "micro-usc": Row(SEEDS, "--preset micro --method usc", base="udon-joint"),
-    "micro-udon-joint": Row(SEEDS, "--preset micro --method udon-joint", base="udon-joint"),
+    "micro-usc": Row(SEEDS, "--preset micro --init compact --method usc", base="udon-joint"),
+    "micro-udon-joint": Row(
+        SEEDS, "--preset micro --init compact --method udon-joint", base="udon-joint"
+    ),
 }
 CHANGED_SETTINGS = {
     "udon-joint": (

@@ -6,9 +6,10 @@
     python -m benchmarks.start --table results/README.md        writes the tables, trains nothing
 
 Each data set is trained with every method and several seeds, with random heads, with heads that
-start from images, and with fewer steps that train the heads alone; all else by default, on one
-thread. The result is results/start/<data set>/<method>-<start>/seed<N>.json; an interrupted run is
-resumed from its checkpoint in runs/start/.
+start from images, and with fewer steps that train the heads alone; all else as the defaults were
+then (rows.SCHEDULE), on one thread. The result is
+results/start/<data set>/<method>-<start>/seed<N>.json; an interrupted run is resumed from its
+checkpoint in runs/start/.
 """
 
 import argparse
@@ -22,13 +23,14 @@ from pathlib import Path
 import data
 import udon
 from benchmarks import ablation, shared, tables
+from benchmarks.rows import SCHEDULE
 from benchmarks.shared import positive
 from checkpoint import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, RUNS = ROOT / "results" / "start", ROOT / "runs" / "start"
 METHODS = ("udon-joint", "udon", "usc", "ujc")
-STARTS = {  # the last is the default of the presets mini and micro
+STARTS = {  # the last is that of the presets mini and micro
     "lecun": "--student-init lecun --frozen-epochs 1",
     "pca": "--student-init pca --frozen-epochs 1",
     "short": "--student-init pca --frozen-epochs 0.2",
@@ -44,8 +46,8 @@ def train(root: Path, method: str, start: str, seed: int, results: Path, runs: P
     target = (results / place).with_suffix(".json")
     if target.exists():
         return
-    options = ["--data", root, "--method", method, *STARTS[start].split(), "--seed", seed]
-    options = [str(option) for option in [*options, "--workers", 0]]
+    words = f"--data {root} --method {method} {STARTS[start]} {SCHEDULE} --seed {seed} --workers 0"
+    options = words.split()
     result = ablation.train(runs / place, options)
     command = " ".join(["python udon.py train", *options]).replace(str(root), root.name)
     about = {"data": root.name, "method": method, "start": start, "seed": seed, "command": command}
