@@ -4,7 +4,7 @@
     python -m benchmarks.frozen --table results/README.md     writes the table, trains nothing
 
 Runs of usc and udon-joint, with features of the test view alone and of four random crops, too; the
-fine-tuned ones are those of results/ablation. Then the images per second that one thread trains on:
+fine-tuned ones are those of results/defaults. Then the images per second that one thread trains on:
 images, with the backbone fine-tuned or frozen, and features; one after another in turns, CPU time.
 An interrupted run is resumed from its checkpoint in runs/frozen/.
 """
@@ -23,7 +23,7 @@ import torch
 import data
 import features
 import udon
-from benchmarks import ablation, shared, step_overhead, tables
+from benchmarks import ablation, defaults, shared, step_overhead, tables
 from benchmarks.shared import output, positive
 from checkpoint import write_json
 
@@ -72,10 +72,16 @@ def train(root: str, runs: Path, seeds: int) -> list[dict]:
 
 
 def fine_tuned(directory: Path) -> list[dict]:
-    """The results of the fine-tuned runs, and of the backbone as pre-trained."""
+    """The results of the fine-tuned runs. Raises data.InputError if there are none."""
     results = []
-    for method in ("backbone", *METHODS):
-        for path in sorted((directory / method).glob("seed*.json")):
+    for method in METHODS:
+        files = sorted((directory / method).glob("seed*.json"))
+        if not files:
+            raise data.InputError(
+                f"{directory / method} has no result: train the fine-tuned runs with "
+                f"python -m benchmarks.defaults --data DIR --methods {' '.join(METHODS)}"
+            )
+        for path in files:
             result = json.loads(path.read_text(encoding="utf-8"))
             seconds = {"steps_cpu_seconds": result["cpu_seconds"], "command": result["command"]}
             kept = {name: result[name] for name in ("seed", "mean")}
@@ -202,6 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.data:
             root = str(Path(options.data).absolute())
             data.Benchmark(root)
+            tuned = fine_tuned(defaults.RESULTS / Path(root).name)
             runs = train(root, options.runs, options.seeds)
             about = {
                 "command": f"python -m benchmarks.frozen --data DIR --seeds {options.seeds}",
@@ -213,8 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
                 model: {method: speeds(model, method, *sizes) for method in METHODS}
                 for model, sizes in MODELS.items()
             }
-            runs = fine_tuned(ablation.RESULTS) + runs
-            write_json(options.out, about | {"images_per_second": rates, "runs": runs})
+            write_json(options.out, about | {"images_per_second": rates, "runs": tuned + runs})
         values = read(Path(options.out))
         if options.table:
             tables.write(options.table, "frozen", lambda: table(values))

@@ -1,5 +1,6 @@
 """The command lines of benchmarks/: bad input gets one sentence before any work; small runs."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -478,6 +479,12 @@ def test_frozen_and_fine_tuned_backbones(uned, tmp_path, monkeypatch):
     monkeypatch.setattr(frozen, "OPTIONS", frozen.OPTIONS.replace("mini", "micro") + " --steps 1")
     monkeypatch.setattr(frozen, "MODELS", {"micro": (4, 2)})
     monkeypatch.setattr(frozen, "IMAGES", 70)
+    monkeypatch.setattr(defaults, "RESULTS", tmp_path / "defaults")
+    for method, seed in itertools.product(frozen.METHODS, (0, 1)):
+        path = tmp_path / "defaults" / uned.name / method / f"seed{seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result = made_up(method, seed, 0.4 + seed / 50)
+        path.write_text(json.dumps(result | {"cpu_seconds": 1.0, "command": ""}))
     out, file = tmp_path / "frozen.json", tmp_path / "results.md"
     file.write_text(MARKED.format("frozen"))
     arguments = ["--data", uned, "--seeds", 1, "--runs", tmp_path / "runs", "--out", out]
@@ -488,7 +495,7 @@ def test_frozen_and_fine_tuned_backbones(uned, tmp_path, monkeypatch):
     assert str(uned) not in out.read_text()
     for rates in values["images_per_second"]["micro"].values():
         assert len(rates) == 4 and min(rates.values()) > 0
-    assert "| `udon-joint` | fine-tuned | 40.0 ± 0.6 | 31.6 ± 0.3 | 5 |" in file.read_text()
+    assert "| `udon-joint` | fine-tuned | 41.0 ± 12.7 | " in file.read_text()
 
 
 def test_procedural_table(tmp_path, monkeypatch):
