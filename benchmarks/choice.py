@@ -4,10 +4,10 @@
     python -m benchmarks.choice --table results/README.md    writes the table, trains nothing
 
 Every second domain of a data directory, in the order of their names, makes one half; the others
-make the other half. Each half is trained with each setting, all else by default, on one thread. The
-setting with the best validation of one half is then judged by the test of the other half, so that
-no setting is tuned to the domains that it is tested on. The result is
-results/choice/<half>/<setting>/seed<N>.json.
+make the other half. Each half is trained with each setting, all else as the defaults were before
+(rows.SCHEDULE), on one thread. The setting with the best validation of one half is then judged by
+the test of the other half, so that no setting is tuned to the domains that it is tested on. The
+result is results/choice/<half>/<setting>/seed<N>.json.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 import data
 import udon
 from benchmarks import ablation, shared, start, tables
+from benchmarks.rows import SCHEDULE
 from benchmarks.shared import positive
 from checkpoint import write_json
 from evaluate import METRICS
@@ -27,15 +28,13 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, RUNS = ROOT / "results" / "choice", ROOT / "runs" / "choice"
 HALVES = ("first", "second")
 SETTINGS = {
-    "default": "",
+    "before": "",
     "batch-32": "--batch-size 32",
     "batch-32-area": "--batch-size 32 --min-area 0.4",
     "batch-32-cosine": "--batch-size 32 --backbone-lr 6e-4 --schedule cosine",
-    "batch-32-slow-heads": "--batch-size 32 --head-lr 1.5e-3",
     "area": "--min-area 0.3",
     "fast-heads": "--head-lr 1e-2",
     "teacher-512": "--teacher-dim 512",
-    "classification-3": "--weights 1 3 1 1",
 }
 KEPT = ("mean", "domains", "val_recall_at_1", "step", "images", "cpu_seconds")
 
@@ -57,8 +56,8 @@ def train(root: Path, half: str, setting: str, seed: int, results: Path, runs: P
     if target.exists():
         return
     domains = " ".join(halves(root)[half])
-    words = f"--data {root} --domains {domains} --method udon-joint {SETTINGS[setting]}"
-    words = f"{words} --seed {seed} --workers 0".split()
+    words = f"--data {root} --domains {domains} --method udon-joint {SCHEDULE}"
+    words = f"{words} {SETTINGS[setting]} --seed {seed} --workers 0".split()
     result = ablation.train(runs / place, words)
     command = " ".join(["python udon.py train", *words]).replace(str(root), root.name)
     about = {"data": root.name, "half": half, "setting": setting, "seed": seed, "command": command}
@@ -106,19 +105,19 @@ def table(found: dict[str, tables.Results]) -> str:
 
 
 def line(found, setting: str, options: str) -> list[str]:
-    cells, seconds = [f"`{options}`" if options else "default", ""], []
+    cells, seconds = [f"`{options}`" if options else "as before", ""], []
     for half in HALVES:
         results = found[half]
         runs = results[setting].values()
         cells[1] = str(len(runs))
-        if setting == "default":
+        if setting == "before":
             cells.append(tables.mean_interval(map(validation, runs)))
             cells += tables.metric_cells(results[setting])
         else:
-            cells.append(tables.difference(results, setting, "default", validation))
-            cells += tables.difference_cells(results, setting, "default")
+            cells.append(tables.difference(results, setting, "before", validation))
+            cells += tables.difference_cells(results, setting, "before")
         seconds += [statistics.fmean(run["cpu_seconds"] for run in runs)]
-        seconds[-1] /= statistics.fmean(r["cpu_seconds"] for r in results["default"].values())
+        seconds[-1] /= statistics.fmean(r["cpu_seconds"] for r in results["before"].values())
     return [*cells, f"{statistics.fmean(seconds):.2f}"]
 
 
@@ -131,10 +130,11 @@ def outcome(found: dict[str, tables.Results], half: str, other: str) -> str:
         name: statistics.fmean(map(validation, runs.values())) for name, runs in results.items()
     }
     best = max(means, key=means.get)
-    text = f"- Chosen on the {half} half: `{SETTINGS[best] or 'default'}`. On the {other} half"
-    if best == "default" or best not in found[other]:
+    name = f"`{SETTINGS[best]}`" if SETTINGS[best] else "as before"
+    text = f"- Chosen on the {half} half: {name}. On the {other} half"
+    if best == "before" or best not in found[other]:
         return f"{text} nothing changes."
-    gains = tables.difference_cells(found[other], best, "default")
+    gains = tables.difference_cells(found[other], best, "before")
     pairs = (f"{tables.NAMES[name]} {gain}" for name, gain in zip(METRICS, gains))
     return f"{text} it changes {' and '.join(pairs)}."
 

@@ -419,9 +419,9 @@ def test_settings_are_chosen_on_one_half_and_judged_on_the_other(uned, tmp_path,
     """The validation of a half chooses; the table shows its test on the other half."""
     pytest.importorskip("scipy")
     values = {  # {(half, setting): (validation, test)}
-        ("first", "default"): (0.5, 0.4),
+        ("first", "before"): (0.5, 0.4),
         ("first", "area"): (0.6, 0.1),
-        ("second", "default"): (0.7, 0.3),
+        ("second", "before"): (0.7, 0.3),
         ("second", "area"): (0.6, 0.35),
     }
     trained = []
@@ -441,14 +441,14 @@ def test_settings_are_chosen_on_one_half_and_judged_on_the_other(uned, tmp_path,
     monkeypatch.setattr(ablation, "train", result)
     file = tmp_path / "results.md"
     file.write_text(MARKED.format("choice"))
-    options = ["--data", uned, "--settings", "default", "area", "--results", tmp_path / "results"]
+    options = ["--data", uned, "--settings", "before", "area", "--results", tmp_path / "results"]
     run(choice, [*options, "--table", file], monkeypatch)
     assert [parts[2:] for parts in trained] == [("birds",), ("cars",)] * 2
     text = file.read_text()
     assert "| `--min-area 0.3` | 1 | +10.0 | -30.0 | -15.0 | -10.0 | +5.0 | +2.5 | 2.00 |" in text
     chosen = "Chosen on the first half: `--min-area 0.3`. On the second half it changes"
     assert f"{chosen} R@1 +5.0 and mMP@5 +2.5." in text
-    assert "Chosen on the second half: `default`. On the first half nothing changes." in text
+    assert "Chosen on the second half: as before. On the first half nothing changes." in text
 
 
 def test_a_domain_is_added(uned, tmp_path, monkeypatch):

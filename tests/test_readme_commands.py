@@ -40,6 +40,11 @@ RUN = {
     "python -m benchmarks.ablation": "test_ablation.py test_results_of_a_grid_and_its_resumption",
     "python -m benchmarks.added_domain": "test_benchmarks.py test_a_domain_is_added",
     "python -m benchmarks.start": "test_benchmarks.py test_random_starts_beside_those_from_images",
+    "python -m benchmarks.defaults": "test_benchmarks.py "
+    "test_defaults_beside_the_start_of_training",
+    "python -m benchmarks.choice": "test_benchmarks.py "
+    "test_settings_are_chosen_on_one_half_and_judged_on_the_other",
+    "python -m benchmarks.frozen": "test_benchmarks.py test_frozen_and_fine_tuned_backbones",
     "python -m benchmarks.procedural": "test_benchmarks.py test_procedural_table",
     "python -m benchmarks.step_overhead": "test_benchmarks.py test_step_overhead",
     "python -m benchmarks.embedding": "test_benchmarks.py test_embedding",

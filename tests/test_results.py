@@ -12,9 +12,11 @@ import evaluate
 from benchmarks import (
     ablation,
     added_domain,
+    choice,
     defaults,
     embedding,
     estimates,
+    frozen,
     jax_step,
     loader,
     one_step,
@@ -60,6 +62,16 @@ def test_table_of_the_procedural_domains():
 def test_tables_of_the_defaults():
     pytest.importorskip("scipy")
     assert marked("defaults") == defaults.table(defaults.read(defaults.RESULTS))
+
+
+def test_table_of_choices():
+    pytest.importorskip("scipy")
+    assert marked("choice") == choice.table(choice.read(choice.RESULTS))
+
+
+def test_table_of_a_frozen_backbone():
+    pytest.importorskip("scipy")
+    assert marked("frozen") == frozen.table(frozen.read(frozen.RESULTS))
 
 
 def test_table_of_starts():
