@@ -89,6 +89,8 @@ MODELS = ("micro", "mini", "s16", "b16", "l16")  # sizes of the ViT
 TIMM = {"init": "timm", "image_size": 0}
 # Steps on features take milliseconds, and a checkpoint holds the whole backbone.
 FROZEN = {"save_every": 2000}
+# A run of a number of steps may be resumed with more, and then equals one of that length.
+STEPS = {"schedule": "constant"}
 Preset = Literal["mini", "micro", "uned-s16", "uned-b16", "uned-l16", "uned-b16-clip"]
 Method = Literal["udon", "udon-joint", "usc", "ujc", "teachers", "distill", "backbone"]
 DEMO = ("udon-joint", "usc")  # what `python udon.py train` compares with without other options
@@ -217,7 +219,8 @@ class Config:
     frozen_epochs: float = 2.0
     """Epochs at the start that train the heads alone (paper section 4); 0 with --init scratch."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Schedule of both learning rates (paper: constant)."""
+    """Schedule of both learning rates (paper: constant). With --steps it is constant unless given,
+    so that the run may be resumed with more steps."""
     warmup_steps: int = 0
     """Steps in which both learning rates rise from 0 (paper: 0); helps large rates from random
     weights."""
@@ -289,7 +292,8 @@ class Config:
         check_value("method", method)
         model = TIMM if str(options.get("model")).startswith("timm:") else {}
         frozen = FROZEN if options.get("freeze_backbone") is True else {}
-        for name, value in (overlaid(preset, method) | model | frozen | options).items():
+        steps = STEPS if options.get("steps") is not None else {}
+        for name, value in (overlaid(preset, method) | model | frozen | steps | options).items():
             value = tuple(value) if isinstance(value, list) else value
             check_value(name, value)
             object.__setattr__(self, name, value)

@@ -359,7 +359,7 @@ def test_loader(torchvision, tmp_path, monkeypatch):
 
 def test_random_starts_beside_those_from_images(uned, tmp_path, monkeypatch):
     """On a smaller copy of the data, with the runs of the ablation that are there."""
-    quick = "--preset micro --steps 1 --batch-size 4 --period 4".split()
+    quick = "--preset micro --init compact --steps 1 --batch-size 4 --period 4".split()
     monkeypatch.setattr(
         ablation, "call", lambda *words, log: udon.main([*map(str, words[1:]), *quick])
     )

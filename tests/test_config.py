@@ -382,7 +382,7 @@ def test_a_compared_method_does_not_take_over_the_first_ones_overlay(tmp_path):
 
 
 def test_the_options_of_a_resumed_run(tmp_path):
-    started = Config(preset="micro", schedule="constant", steps=9, out=str(tmp_path), seed=4)
+    started = Config(preset="micro", steps=9, out=str(tmp_path), seed=4)
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(started)))
     options = {"out": str(tmp_path), "steps": 20, "workers": 0, "device": "cpu", "compare": ["usc"]}
     resumed = config.configuration(options, resume=True)
@@ -393,6 +393,12 @@ def test_the_options_of_a_resumed_run(tmp_path):
             config.configuration(changed | {"out": str(tmp_path)}, resume=True)
     with pytest.raises(ConfigError, match="--resume needs --out"):
         config.configuration({}, resume=True)
+
+
+def test_a_number_of_steps_makes_the_schedule_of_a_preset_constant():
+    assert Config(preset="mini").schedule == Config(preset="mini", epochs=2).schedule == "cosine"
+    assert Config(preset="mini", steps=9).schedule == "constant"
+    assert Config(preset="mini", steps=9, schedule="cosine").schedule == "cosine"
 
 
 def test_a_cosine_schedule_fixes_the_number_of_steps():
