@@ -112,17 +112,16 @@ def table(found: dict[str, tables.Results]) -> str:
             unseen.append([*row(name, other, method), str(len(other[method]))])
     backbones = (f"{name}, backbone" for name in names)
     heading = ["data", "method", *names, *(f"{name} − start" for name in names)]
-    return "\n\n".join(
-        [
-            tables.markdown(["data", "training images", "domains", *backbones], sizes),
-            "The domains that were trained on:",
-            tables.markdown([*heading, "CPU s", "n"], seen),
-            "Domains that were not trained on:",
-            tables.markdown([*heading, "n"], unseen),
-            "One method less another, on the domains that were trained on:",
-            tables.markdown(["data", "methods", *names, "n"], differences(found)),
-        ]
-    )
+    parts = [
+        tables.markdown(["data", "training images", "domains", *backbones], sizes),
+        "The domains that were trained on:",
+        tables.markdown([*heading, "CPU s", "n"], seen),
+        "Domains that were not trained on:",
+        tables.markdown([*heading, "n"], unseen),
+        "One method less another, on the domains that were trained on:",
+        tables.markdown(["data", "methods", *names, "n"], differences(found)),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def row(name: str, results: tables.Results, method: str) -> list[str]:
