@@ -12,16 +12,15 @@ result is results/choice/<half>/<setting>/seed<N>.json.
 
 import argparse
 import itertools
+import shlex
 import statistics
-import time
 from pathlib import Path
 
 import data
 import udon
-from benchmarks import ablation, shared, start, tables
+from benchmarks import start, tables
 from benchmarks.rows import SCHEDULE
 from benchmarks.shared import positive
-from checkpoint import write_json
 from evaluate import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +35,6 @@ SETTINGS = {
     "fast-heads": "--head-lr 1e-2",
     "teacher-512": "--teacher-dim 512",
 }
-KEPT = ("mean", "domains", "val_recall_at_1", "step", "images", "cpu_seconds")
 
 # Runs ---------------------------------------------------------------------------------------------
 
@@ -50,22 +48,10 @@ def halves(root: Path) -> dict[str, tuple[str, ...]]:
 
 
 def train(root: Path, half: str, setting: str, seed: int, results: Path, runs: Path) -> None:
-    """Trains and tests one run, unless its result exists."""
-    place = Path(half, setting, f"seed{seed}")
-    target = (results / place).with_suffix(".json")
-    if target.exists():
-        return
-    domains = " ".join(halves(root)[half])
-    words = f"--data {root} --domains {domains} --method udon-joint {SCHEDULE}"
-    words = f"{words} {SETTINGS[setting]} --seed {seed} --workers 0".split()
-    result = ablation.train(runs / place, words)
-    command = " ".join(["python udon.py train", *words]).replace(str(root), root.name)
-    about = {"data": root.name, "half": half, "setting": setting, "seed": seed, "command": command}
-    about |= {name: result[name] for name in KEPT}
-    about |= {"version": ablation.version(), "machine": shared.machine("cpu")}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_json(target, about | {"date": time.strftime("%Y-%m-%d")})
-    print(f"{time.strftime('%H:%M:%S')} {place}: {result['val_recall_at_1']:.4f}", flush=True)
+    words = f"--domains {shlex.join(halves(root)[half])} --method udon-joint {SCHEDULE}"
+    words = f"{words} {SETTINGS[setting]} --seed {seed}"
+    about = {"half": half, "setting": setting, "seed": seed}
+    start.record(Path(half, setting, f"seed{seed}"), root, words, about, results, runs)
 
 
 # Tables -------------------------------------------------------------------------------------------

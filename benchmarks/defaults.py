@@ -14,14 +14,12 @@ import argparse
 import itertools
 import json
 import statistics
-import time
 from pathlib import Path
 
 import data
 import udon
-from benchmarks import ablation, shared, start, tables
+from benchmarks import ablation, start, tables
 from benchmarks.shared import positive
-from checkpoint import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, RUNS = ROOT / "results" / "defaults", ROOT / "runs" / "defaults"
@@ -34,32 +32,21 @@ METHODS = {
     "start": "--method usc --steps 1 --head-lr 1e-30",  # a step that changes nothing
 }
 PAIRS = ("udon-joint", "ujc"), ("udon-joint", "ujc-size"), ("udon", "usc")
-KEPT = ("mean", "domains", "val_recall_at_1", "step", "cpu_seconds")
-
 
 # Runs ---------------------------------------------------------------------------------------------
 
 
 def train(root: Path, unseen: Path | None, method: str, seed: int, results: Path, runs: Path):
-    """Trains and tests one run, unless its result exists."""
-    place = Path(root.name, method, f"seed{seed}")
-    target = (results / place).with_suffix(".json")
-    if target.exists():
-        return
-    words = f"--data {root} {METHODS[method]} --seed {seed} --workers 0"
-    result = ablation.train(runs / place, words.split())
-    command = f"python udon.py train {words}".replace(str(root), root.name)
-    about = {"data": root.name, "method": method, "seed": seed, "command": command}
-    about |= {name: result[name] for name in KEPT} | {"backbone": result["backbone"]["mean"]}
-    benchmark = data.Benchmark(str(root))
-    about["images"] = {name: len(benchmark.split(name, "train")) for name in benchmark.domains}
-    if unseen:
-        about["unseen"] = {"data": unseen.name, "mean": evaluated(runs / place, unseen)}
-    about |= {"version": ablation.version(), "machine": shared.machine("cpu")}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_json(target, about | {"date": time.strftime("%Y-%m-%d")})
-    recall = 100 * result["mean"]["recall_at_1"]
-    print(f"{time.strftime('%H:%M:%S')} {place}: R@1 {recall:.2f}", flush=True)
+    def further(run):
+        benchmark = data.Benchmark(str(root))
+        images = {name: len(benchmark.split(name, "train")) for name in benchmark.domains}
+        if not unseen:
+            return {"images": images}
+        mean = evaluated(run, unseen)
+        return {"images": images, "unseen": {"data": unseen.name, "mean": mean}}
+
+    place, words = Path(root.name, method, f"seed{seed}"), f"{METHODS[method]} --seed {seed}"
+    start.record(place, root, words, {"method": method, "seed": seed}, results, runs, further)
 
 
 def evaluated(run: Path, unseen: Path) -> dict[str, float]:

@@ -16,8 +16,10 @@ import argparse
 import itertools
 import json
 import os
+import shlex
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import data
@@ -41,17 +43,32 @@ KEPT = ("mean", "domains", "val_recall_at_1", "step", "images", "cpu_seconds")
 
 
 def train(root: Path, method: str, start: str, seed: int, results: Path, runs: Path) -> None:
-    """Trains and tests one run, unless its result exists."""
     place = Path(root.name, f"{method}-{start}", f"seed{seed}")
+    words = f"--method {method} {STARTS[start]} {SCHEDULE} --seed {seed}"
+    about = {"method": method, "start": start, "seed": seed}
+    record(place, root, words, about, results, runs)
+
+
+def record(
+    place: Path,
+    root: Path,
+    words: str,
+    about: dict,
+    results: Path,
+    runs: Path,
+    further: Callable[[Path], dict] = lambda run: {},
+) -> None:
+    """Trains and tests a run on the data directory `root` with the options `words`, and writes
+    results/<place>.json, unless that exists. further: the directory of the run -> more of it."""
     target = (results / place).with_suffix(".json")
     if target.exists():
         return
-    words = f"--data {root} --method {method} {STARTS[start]} {SCHEDULE} --seed {seed} --workers 0"
-    options = words.split()
+    options = ["--data", str(root), *shlex.split(words), "--workers", "0"]
     result = ablation.train(runs / place, options)
-    command = " ".join(["python udon.py train", *options]).replace(str(root), root.name)
-    about = {"data": root.name, "method": method, "start": start, "seed": seed, "command": command}
+    command = f"python udon.py train {shlex.join(options)}".replace(str(root), root.name)
+    about = {"data": root.name} | about | {"command": command}
     about |= {name: result[name] for name in KEPT} | {"backbone": result["backbone"]["mean"]}
+    about |= further(runs / place)
     about |= {"version": ablation.version(), "machine": shared.machine("cpu")}
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, about | {"date": time.strftime("%Y-%m-%d")})
