@@ -177,7 +177,9 @@ class Interruption:
     def __exit__(self, kind, error, traceback):
         signalled, self.requested, self.polled = bool(self.requested), 0, True
         try:
-            failure = distributed.failure() if self.status else error
+            failure = error  # a PeerError says already why, also when a signal has followed it
+            if self.status and not isinstance(error, distributed.PeerError):
+                failure = distributed.failure()
             if isinstance(failure, distributed.PeerError):
                 failure.stopped = signalled
                 if failure.status not in (130, 143):
