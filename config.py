@@ -632,11 +632,13 @@ def check_same(config: Config, started: Config, place: str) -> None:
         value, before = getattr(config, name), getattr(started, name)
         ends = name == "steps" and started.schedule != "constant"
         if (ends or name not in MAY_CHANGE) and value != before:
-            reason = ", at which its cosine schedule ends" if ends else ""
-            start = "train on in a new one, --init RUN" if ends else "start a new run"
+            given = "without it" if before is None else f"with {shown(before)}"
+            same = "leave it out" if before is None else "use that value"
+            reason = ", and its cosine schedule fixes its length" if ends else ""
+            other = "continue in a new run with --init RUN" if ends else "start a new run"
             raise ConfigError(
-                f"{flag(name)} is {shown(value)}, but {place} was started with "
-                f"{shown(before)}{reason}: use that value, or {start}"
+                f"{flag(name)} is {shown(value)}, but {place} was started {given}{reason}: "
+                f"{same}, or {other}"
             )
 
 

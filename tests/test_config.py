@@ -402,6 +402,9 @@ def test_a_number_of_steps_makes_the_schedule_of_a_preset_constant():
 
 
 def test_a_cosine_schedule_fixes_the_number_of_steps():
+    started = Config(schedule="cosine")
+    with pytest.raises(ConfigError, match="it was started without it, .*: leave it out, or .*init"):
+        config.check_same(dataclasses.replace(started, steps=12), started, "it")
     started = Config(steps=9, schedule="cosine")
     with pytest.raises(ConfigError, match="--steps is 12, but it was started with 9, .* --init"):
         config.check_same(dataclasses.replace(started, steps=12), started, "it")
