@@ -45,7 +45,7 @@ COMPACT = {
     "backbone_lr": 6e-4,
     "schedule": "cosine",
     "frozen_epochs": 0.2,
-    "student_init": "pca",
+    "student_init": "lda",
 }
 PRESETS = {
     # Ours, chosen on validation splits, with the compact weights in weights/.
@@ -173,11 +173,12 @@ class Config:
     besides those of the test view."""
     student_dim: int = 64
     """Width of the universal embedding (paper section 4)."""
-    student_init: Literal["lecun", "pca"] = "lecun"
-    """What heads and classifiers start from: lecun, random numbers (official setting), or pca, the
-    training images as the backbone embeds them. With pca the student head holds the first principal
-    axes, the teacher heads keep the angles between images, and a class starts at the mean of its
-    images; from random heads, a small data set ends below the backbone alone."""
+    student_init: Literal["lecun", "pca", "lda"] = "lecun"
+    """What heads and classifiers start from: lecun, random numbers (official setting), or pca or
+    lda, the training images as the backbone embeds them. With pca the student head holds the first
+    principal axes, the teacher heads keep the angles between images, and a class starts at the mean
+    of its images. With lda the same holds of whitened embeddings: what varies within classes counts
+    less. From random heads, a small data set ends below the backbone alone."""
     teacher_dim: int = 256
     """Width of the teacher embeddings (paper section 4)."""
     head_layers: int = 1
@@ -445,11 +446,11 @@ def check_features(config):
 
 
 def check_head(config):
-    """Raises ConfigError for heads that principal axes cannot fill."""
+    """Raises ConfigError for heads that the axes of embeddings cannot fill."""
     require(
         config.student_init == "lecun" or config.head_layers == 1,
-        f"--student-init is pca with --head-layers {config.head_layers}: principal axes fill a "
-        "single layer, use --head-layers 1 or --student-init lecun",
+        f"--student-init is {config.student_init} with --head-layers {config.head_layers}, and it "
+        "fills a single layer: use --head-layers 1 or --student-init lecun",
     )
 
 

@@ -1,7 +1,7 @@
 """What the heads and classifiers of a run start from, besides random numbers.
 
     continue_heads(model, path, splits)      those of another run that fit (--init RUN)
-    start_from_images(model, splits, ...)    the training images (--student-init pca)
+    start_from_images(model, splits, ...)    the training images (--student-init lda)
 
 Copy with: data, folders, images, procedural, evaluate, export, metrics, vectors, gallery,
 checkpoint, model, timm_backbone, distributed, kernels, torch, numpy, pillow.
@@ -9,6 +9,7 @@ checkpoint, model, timm_backbone, distributed, kernels, torch, numpy, pillow.
 
 from collections.abc import Container
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +53,15 @@ def continue_heads(model: UDON, path: str | Path, splits: dict[str, data.Split])
     return filled
 
 
+class Moments(NamedTuple):
+    """Of the backbone's embeddings (N, D) of training images, in float64."""
+
+    mean: torch.Tensor  # (D,)
+    covariance: torch.Tensor  # (D, D)
+    residuals: torch.Tensor  # (N, D): embeddings less the mean of their class
+    weights: torch.Tensor  # (N,): what each residual counts, sum 1
+
+
 @torch.no_grad()
 def start_from_images(
     model: UDON,
@@ -60,15 +70,19 @@ def start_from_images(
     preprocessing: dict,
     filled: Container[str] = (),
     seed: int = 0,
+    start: Literal["pca", "lda"] = "lda",
 ) -> None:
     """Sets heads and classifiers so that training starts from what the backbone already tells
     apart, and random gradients do not destroy it.
 
-    The student head becomes x -> W (x - mean), with the first principal axes of the backbone's
+    pca: the student head becomes x -> W (x - mean), with the first principal axes of the backbone's
     embeddings of training images, each domain with the same weight, in the rows of W. A teacher
     head becomes the same for the images of its domain. A head that is wider than the backbone gets
-    a random W with orthonormal columns, which keeps all angles. The weights of a class become the
-    embedding of the mean of its images (weight imprinting, arXiv:1712.07136).
+    a random W with orthonormal columns, which keeps all angles.
+    lda: the same of embeddings that are whitened first, with the covariance within classes: what
+    varies between images of a class counts less, as in linear discriminant analysis.
+    Either way, the weights of a class become the embedding of the mean of its images (weight
+    imprinting, arXiv:1712.07136).
 
     splits   {domain: training images}, of `size` pixels; at most 20 images of a class are used
     filled   the names of modules that stay as they are
@@ -83,20 +97,21 @@ def start_from_images(
         images = data.TestImages(split, size, antialias=preprocessing["antialias"], rows=some)
         rows = evaluate.embed(model.embed_backbone, images, preprocessing, device).double()
         usable = images.usable_rows()
-        rows = rows[np.searchsorted(some, usable)]
-        moments[domain] = rows.mean(0), torch.cov(rows.T, correction=0)
-        centres[domain] = class_means(rows, split.classes[usable], split.num_classes)
+        rows, classes = rows[np.searchsorted(some, usable)], split.classes[usable]
+        centres[domain] = class_means(rows, classes, split.num_classes)
+        moments[domain] = moments_of(rows, rows - centres[domain][torch.from_numpy(classes)])
         count += len(rows)
-    means, covariances = (torch.stack(part) for part in zip(*moments.values()))
-    pooled = means.mean(0), covariances.mean(0) + torch.cov(means.T, correction=0)
 
     names = {module: name for name, module in model.named_modules()}
 
-    def start(head, mean, covariance):
+    def start_head(head, one: Moments):
         if names[head] not in filled:
-            weight = projection(covariance, head.out_features, generator)
-            head.weight.copy_(weight)
-            head.bias.copy_(-weight @ mean)
+            whitener = torch.eye(len(one.mean), dtype=torch.float64)
+            if start == "lda":
+                whitener = whitening(one.residuals, one.weights)
+            axes = projection(whitener @ one.covariance @ whitener, head.out_features, generator)
+            head.weight.copy_(axes @ whitener)
+            head.bias.copy_(-axes @ whitener @ one.mean)
 
     def start_classes(classifier, head, domain):
         if names[classifier] not in filled:
@@ -104,13 +119,57 @@ def start_from_images(
             known = targets.norm(dim=1) > 0.5  # not NaN, nor the 0 of a class at the domain's mean
             classifier.weight[known] = targets[known]
 
-    start(model.student_head, *pooled)
+    start_head(model.student_head, pooled(list(moments.values())))
     for domain in splits:
         start_classes(model.student_classifiers[domain], model.student_head, domain)
         if model.teacher_heads:
-            start(model.teacher_heads[domain], *moments[domain])
+            start_head(model.teacher_heads[domain], moments[domain])
             start_classes(model.teacher_classifiers[domain], model.teacher_heads[domain], domain)
     print(f"heads and classifiers start from {count:,} training images")
+
+
+def moments_of(rows: torch.Tensor, residuals: torch.Tensor) -> Moments:
+    weights = torch.full_like(rows[:, 0], 1 / len(rows))
+    return Moments(rows.mean(0), torch.cov(rows.T, correction=0), residuals, weights)
+
+
+def pooled(domains: list[Moments]) -> Moments:
+    """Of the images of several domains, each with the same weight."""
+    means, covariances = (torch.stack(part) for part in list(zip(*domains))[:2])
+    covariance = covariances.mean(0) + torch.cov(means.T, correction=0)
+    residuals, weights = (torch.cat(part) for part in list(zip(*domains))[2:])
+    return Moments(means.mean(0), covariance, residuals, weights / len(domains))
+
+
+def whitening(residuals: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(D, D): the symmetric W, with rows of mean square norm 1, such that the covariance within
+    classes of x -> W x is a multiple of the identity; the identity where classes do not vary.
+
+    The covariance of the residuals (N, D) is shrunk: few images tell little about its small
+    eigenvalues, which a root of its inverse would enlarge.
+    """
+    covariance = shrunk_covariance(residuals, weights)
+    if covariance.trace() == 0:
+        return torch.eye(len(covariance)).to(covariance)
+    values, axes = torch.linalg.eigh(covariance)
+    root = axes * values.rsqrt() @ axes.T
+    return root * (len(root) / root.square().sum()).sqrt()
+
+
+def shrunk_covariance(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(D, D): the covariance of rows (N, D) of mean 0, moved towards a multiple of the identity.
+    How far is the estimate of Ledoit and Wolf (2004, https://doi.org/10.1016/S0047-259X(03)00096-4)
+    of what is best: the farther, the fewer the rows. weights: (N,), sum 1."""
+    covariance = rows.T @ (weights[:, None] * rows)
+    target = covariance.trace() / len(covariance) * torch.eye(len(covariance)).to(covariance)
+    deviations = (  # |row rowᵀ - covariance|², (N,)
+        rows.square().sum(1).square()
+        - 2 * (rows @ covariance * rows).sum(1)
+        + covariance.square().sum()
+    )
+    error = (weights.square() * deviations).sum()
+    share = (error / (covariance - target).square().sum()).nan_to_num(1.0).clamp(max=1)
+    return covariance.lerp(target, share)
 
 
 def images_of_each_class(classes: np.ndarray) -> np.ndarray:

@@ -466,9 +466,11 @@ def start_model(config, splits, device, backbone) -> tuple[UDON, dict, dict]:
         filled = heads.continue_heads(model, path, splits)
     model.to(device)
     distributed.spread(model.parameters())  # other machines may round in another way
-    if config.student_init == "pca":
+    if config.student_init != "lecun":
         size = architecture["backbone"]["image_size"]
-        heads.start_from_images(model, splits, size, preprocessing, filled, config.seed)
+        heads.start_from_images(
+            model, splits, size, preprocessing, filled, config.seed, config.student_init
+        )
         distributed.spread(model.parameters())
     return model, architecture, preprocessing
 

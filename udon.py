@@ -618,7 +618,7 @@ def dry_run(config: Config) -> None:
     """Prints what `train` would take, measured on generated images. Writes nothing."""
     with distributed.processes(config.device), products("high"):
         check_processes(config)
-        if config.student_init == "pca":
+        if config.student_init != "lecun":
             print("note: heads and classifiers start at random here; real ones start from images")
             config = dataclasses.replace(config, student_init="lecun")
         splits = plan.training_splits(data.Benchmark(config.data, config.domains))

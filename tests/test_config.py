@@ -68,7 +68,7 @@ COMPACT = {
     "backbone_lr": 6e-4,
     "schedule": "cosine",
     "frozen_epochs": 0.2,
-    "student_init": "pca",
+    "student_init": "lda",
 }
 CHOICES = {  # where the values that an option may take are defined
     "init_activation": model.ACTIVATIONS,
@@ -121,7 +121,7 @@ def test_methods_are_overlays(preset, method):
     assert {name: values[name] for name in untouched} == {name: others[name] for name in untouched}
     assert values["epochs"] == (0 if method == "backbone" else others["epochs"])
     random = method == "backbone" or preset not in ("mini", "micro")  # its heads are not used
-    assert values["student_init"] == ("lecun" if random else "pca")
+    assert values["student_init"] == ("lecun" if random else "lda")
 
 
 def test_every_method_is_tested():

@@ -30,8 +30,8 @@ def random_model(splits):
     return run.build_run(Config(**OPTIONS, period=4, student_init="lecun"), splits).model.eval()
 
 
-def started(splits, **options):
-    config = Config(**OPTIONS, period=4, student_init="pca", **options)
+def started(splits, start="pca", **options):
+    config = Config(**OPTIONS, period=4, student_init=start, **options)
     return run.build_run(config, splits).model.eval()
 
 
@@ -89,8 +89,114 @@ def test_a_head_wider_than_the_backbone_keeps_all_angles(splits):
         np.testing.assert_allclose(teacher @ teacher.T, centred @ centred.T, atol=1e-3)
 
 
-def test_a_class_starts_at_the_mean_of_its_images(splits):
-    model = started(splits)
+def shrunk(rows, weights):
+    """Ledoit and Wolf's estimate, row by row. rows: (N, D), weights: (N,)."""
+    outer = [np.outer(row, row) for row in rows]
+    covariance = sum(w * one for w, one in zip(weights, outer))
+    target = np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+    error = sum(w**2 * ((one - covariance) ** 2).sum() for w, one in zip(weights, outer))
+    share = min(1, error / ((covariance - target) ** 2).sum())
+    return (1 - share) * covariance + share * target
+
+
+def inverse_root(matrix):
+    """The symmetric root of the inverse, with rows of mean square norm 1."""
+    values, axes = np.linalg.eigh(matrix)
+    root = (axes / np.sqrt(values)) @ axes.T
+    return root / np.sqrt((root**2).sum() / len(root))
+
+
+def residuals(rows, classes):
+    return rows - np.stack([rows[classes == c].mean(0) for c in classes])
+
+
+def assert_same_up_to_sign(weight, expected):
+    signs = np.sign((weight * expected).sum(1, keepdims=True))
+    np.testing.assert_allclose(weight * signs, expected, atol=2e-3)
+
+
+def test_lda_whitens_with_the_covariance_within_the_classes_of_all_domains(splits):
+    model = started(splits, "lda", student_dim=8)
+    rows = embedded(model, splits)
+    within, weights_, means, covariances = [], [], [], []
+    for domain, one in rows.items():
+        within.append(residuals(one, splits[domain].classes))
+        weights_.append(np.full(len(one), 1 / len(one) / len(rows)))
+        means.append(one.mean(0))
+        covariances.append(np.cov(one.T, bias=True))
+    covariance = np.mean(covariances, 0) + np.cov(np.stack(means).T, bias=True)
+    whitener = inverse_root(shrunk(np.concatenate(within), np.concatenate(weights_)))
+    values, axes = np.linalg.eigh(whitener @ covariance @ whitener)
+    expected = axes[:, ::-1][:, :8].T @ whitener
+    weight = weights(model.student_head)
+    assert_same_up_to_sign(weight, expected)
+    bias = model.student_head.bias.detach().numpy()
+    np.testing.assert_allclose(bias, -weight @ np.mean(means, 0), atol=1e-5)
+
+
+def test_a_wide_teacher_head_of_lda_keeps_the_angles_of_whitened_embeddings(splits):
+    model = started(splits, "lda")
+    for domain, rows in embedded(model, splits).items():
+        within = residuals(rows, splits[domain].classes)
+        whitener = inverse_root(shrunk(within, np.full(len(rows), 1 / len(rows))))
+        expected = (rows - rows.mean(0)) @ whitener
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+        with torch.no_grad():
+            teacher = model.teacher_heads[domain](torch.from_numpy(rows).float()).numpy()
+        np.testing.assert_allclose(teacher @ teacher.T, expected @ expected.T, atol=2e-3)
+
+
+def test_lda_is_pca_where_each_class_has_one_image(random_model):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    classes = np.arange(12, dtype=np.int32)
+    heads_of = {}
+    for start in ("pca", "lda"):
+        model = UDON(
+            copy.deepcopy(random_model.backbone), {"one": 12}, student_dim=4, teacher_dim=8
+        )
+        split = data.Split("one", "train", classes, pixels=pixels)
+        heads.start_from_images(model, {"one": split}, 32, HALF, start=start)
+        heads_of[start] = model.state_dict()
+    for name, value in heads_of["pca"].items():
+        if "backbone" not in name and "student" in name.split(".")[0]:
+            assert torch.equal(value, heads_of["lda"][name]), name
+
+
+@given(st.integers(0, 1000), st.integers(1, 40), st.integers(1, 8), st.floats(0, 3))
+def test_a_shrunk_covariance_is_ledoit_and_wolfs(seed, count, width, skew):
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(count, width)) * np.exp(skew * rng.normal(size=width))
+    shares = rng.uniform(0.1, 1, count)
+    shares /= shares.sum()
+    result = heads.shrunk_covariance(torch.from_numpy(rows), torch.from_numpy(shares)).numpy()
+    if width > 1:
+        np.testing.assert_allclose(result, shrunk(rows, shares), rtol=1e-8, atol=1e-12)
+    plain = rows.T @ (shares[:, None] * rows)
+    np.testing.assert_allclose(np.trace(result), np.trace(plain))
+    assert np.linalg.eigvalsh(result)[0] >= np.linalg.eigvalsh(plain)[0] * (1 - 1e-9) - 1e-12
+
+
+def test_the_same_rows_more_often_are_shrunk_less():
+    rows = torch.randn(30, 6, generator=torch.Generator().manual_seed(0)).double()
+    rows *= torch.arange(1, 7)
+    plain = rows.T @ rows / 30
+    errors = []
+    for copies in (1, 3, 10):
+        many = rows.repeat(copies, 1)
+        weights = torch.full((len(many),), 1 / len(many)).double()
+        errors.append((heads.shrunk_covariance(many, weights) - plain).norm().item())
+    assert errors[0] > errors[1] > errors[2] > 0
+
+
+def test_rows_of_zero_have_the_covariance_zero_and_are_not_whitened():
+    rows, weights = torch.zeros(3, 4).double(), torch.full((3,), 1 / 3).double()
+    assert heads.shrunk_covariance(rows, weights).eq(0).all()
+    assert torch.equal(heads.whitening(rows, weights), torch.eye(4).double())
+
+
+@pytest.mark.parametrize("start", ["pca", "lda"])
+def test_a_class_starts_at_the_mean_of_its_images(splits, start):
+    model = started(splits, start)
     for domain, rows in embedded(model, splits).items():
         classes = splits[domain].classes
         means = np.stack([rows[classes == c].mean(0) for c in range(classes.max() + 1)])
@@ -151,10 +257,10 @@ def test_at_most_twenty_images_of_each_class(classes):
 
 @pytest.mark.parametrize("model", ["micro", "mini"])
 def test_the_compact_presets_start_from_images_and_the_published_setting_does_not(model):
-    assert Config(preset=model).student_init == "pca"
+    assert Config(preset=model).student_init == "lda"
     assert Config().student_init == Config(preset="uned-b16").student_init == "lecun"
 
 
 def test_several_layers_cannot_start_from_images():
-    with pytest.raises(ConfigError, match="--head-layers 2: .* use --head-layers 1 or"):
+    with pytest.raises(ConfigError, match="--head-layers 2, .* use --head-layers 1 or"):
         Config(preset="mini", head_layers=2)
