@@ -139,54 +139,71 @@ def rate_at(step: int, steps: int) -> float:
 def train(options: argparse.Namespace) -> None:
     benchmark = data.Benchmark(str(options.data))
     split = data.together([benchmark.split(domain, "train") for domain in benchmark.domains])
+    count = options.batch_size
+    steps, whole = int(options.epochs * len(split)) // count, len(split) // count
+    if not (steps and whole):
+        raise data.InputError(
+            f"--data {options.data} has {len(split)} training images, too few for a batch of "
+            f"{count}: give a smaller --batch-size, or more --epochs"
+        )
+    torch.manual_seed(0)
     backbone = ViT(**SIZES[options.model])
-    preprocessing = pretrained.HALF._asdict() | {"antialias": True}
+    preprocessing = pretrained.HALF
     if options.init != "scratch":
-        pretrained.load(backbone, options.init)
-    size = SIZES[options.model]["image_size"]
-    pixels = data.TestImages(split, size, keep=True)
-    labels, count = torch.from_numpy(split.classes).long(), options.batch_size
+        preprocessing = pretrained.load(backbone, options.init)
+    if preprocessing != pretrained.HALF:
+        raise data.InputError(f"--init {options.init} is not a compact backbone: give one")
     network = Network(backbone, split.num_classes).train()
     optimizer = optimizer_of(network, options.rate)
-    steps, first = int(options.epochs * len(split)) // count, 0
-    state = Path(f"{options.out}.state")
+    labels = torch.from_numpy(split.classes).long()
+    names = ("model", "init", "epochs", "batch_size", "rate")
+    settings = {name: getattr(options, name) for name in names} | {"images": split.digest()}
+    state, first = Path(f"{options.out}.state"), 0
     if state.exists():
-        saved = torch.load(state, weights_only=True)
-        network.load_state_dict(saved["network"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
+        first = resume(state, settings, network, optimizer)
         print(f"resumed at step {first:,} of {steps:,}", flush=True)
-    sums, started = torch.zeros(2), time.process_time()
+    images = data.TestImages(split, backbone.architecture["image_size"], keep=True)
+    sums, started = [], time.process_time()
     for step in range(first, steps):
-        epoch, place = divmod(step, len(split) // count)
+        epoch, place = divmod(step, whole)
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(epoch))
         rows = order[place * count : (place + 1) * count]
-        losses = network.losses(pixels[rows.numpy()], labels[rows], step)
+        losses = network.losses(images[rows.numpy()], labels[rows], step)
         optimizer.zero_grad()
         (losses[0] + INSTANCES * losses[1]).backward()
         nn.utils.clip_grad_norm_(network.parameters(), NORM)
         for group in optimizer.param_groups:
             group["lr"] = options.rate * rate_at(step, steps)
         optimizer.step()
-        sums += torch.stack(losses).detach()
+        sums.append(torch.stack(losses).detach())
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
-            done = (step - first) % SAVE_EVERY + 1
-            classification, instances = (sums / done).tolist()
+            classification, instances = torch.stack(sums).mean(0).tolist()
             print(
                 f"step {step + 1:,} of {steps:,}   classification {classification:.3f}   "
                 f"instances {instances:.3f}   CPU {time.process_time() - started:.0f} s",
                 flush=True,
             )
-            sums.zero_()
+            sums.clear()
             content = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-            write(content | {"step": step + 1}, state)
+            write(content | {"step": step + 1, "settings": settings}, state)
     weights = {f"backbone.{key}": value.half() for key, value in backbone.state_dict().items()}
-    architecture = {"backbone": backbone.architecture}
-    write(
-        {"model": weights, "architecture": architecture, "preprocessing": preprocessing},
-        options.out,
-    )
+    contents = {"model": weights, "architecture": {"backbone": backbone.architecture}}
+    contents["preprocessing"] = preprocessing._asdict() | {"antialias": True}
+    write(contents, options.out)
     state.unlink()
+
+
+def resume(state: Path, settings: dict, network: nn.Module, optimizer) -> int:
+    """Continues from the file of an interrupted run -> its step. Raises data.InputError if that run
+    had other settings."""
+    saved = torch.load(state, weights_only=True)
+    if other := [name for name in settings if settings[name] != saved["settings"][name]]:
+        raise data.InputError(
+            f"{state} is of a run with other {' and '.join(other)}: delete it, or change --out"
+        )
+    network.load_state_dict(saved["network"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"]
 
 
 def write(content: dict, path: Path) -> None:

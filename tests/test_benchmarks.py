@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_uned
+from hypothesis import given
+from hypothesis import strategies as st
 from test_ablation import made_up
 from test_distributed import job
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,6 +34,7 @@ from benchmarks import (
     frozen,
     jax_step,
     loader,
+    pretraining,
     principal_axes,
     procedural,
     scaling,
@@ -152,6 +155,15 @@ BAD = {
         ("--dim 1.5", "'1.5'"),
         ("--out nowhere/x.json", "nowhere/x.json"),
         ("--nonsense", "--nonsense"),
+    ),
+    pretraining: (
+        ("--data {uned}", "--out"),
+        ("--data nowhere --out x.pt", "nowhere"),
+        ("--data {uned} --out nowhere/x.pt", "nowhere/x.pt"),
+        ("--data {uned} --out x.pt --batch-size 4 --init nowhere.pt", "nowhere.pt"),
+        ("--data {uned} --out x.pt --epochs 0", "'0'"),
+        ("--data {uned} --out x.pt --rate nan", "'nan'"),
+        ("--data {uned} --out x.pt --batch-size 1000", "batch of 1000"),
     ),
     principal_axes: (
         ("topk.md", "--data"),
@@ -292,6 +304,54 @@ def test_principal_axes(checkpoints, tmp_path, monkeypatch):
     assert (result["index"], result["rows"][0]["coordinates"]) == (48, 8)
     assert (result["checkpoint"], result["torch"]) == (str(checkpoints["usc"]), torch.__version__)
     assert result["machine"] == shared.machine("cpu")
+
+
+def test_pretraining(uned, tmp_path, monkeypatch, capfd):
+    """An interrupted run ends with the weights of a whole one, and its state is then gone; a
+    training run starts from them."""
+    whole, parts = tmp_path / "whole.pt", tmp_path / "parts.pt"
+    arguments = f"--data {uned} --model micro --batch-size 4 --epochs 0.6 --out".split()
+    monkeypatch.setattr(pretraining, "SAVE_EVERY", 2)
+    run(pretraining, [*arguments, whole], monkeypatch)
+
+    losses, calls = pretraining.Network.losses, itertools.count()
+    interrupted = lambda *inputs: losses(*inputs) if next(calls) < 3 else 1 / 0  # noqa: E731
+    with monkeypatch.context() as context, pytest.raises(ZeroDivisionError):
+        context.setattr(pretraining.Network, "losses", interrupted)
+        run(pretraining, [*arguments, parts], context)
+    changed = [*arguments, parts, "--rate", "0.1"]
+    assert "other rate" in error_of(pretraining, changed, monkeypatch, capfd)
+    run(pretraining, [*arguments, parts], monkeypatch)
+    assert "resumed at step 2 of 6" in capfd.readouterr().out
+    models = [torch.load(file)["model"] for file in (whole, parts)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert sorted(tmp_path.iterdir()) == [parts, whole]
+
+    arguments = f"train --preset micro --data {uned} --batch-size 4 --steps 1 --device cpu".split()
+    udon.main([*arguments, f"--init={whole}", f"--out={tmp_path}/run", "--workers=0"])
+
+
+def test_crops_of_an_image_are_within_it_and_flipped_half_of_the_time():
+    """Of a horizontal ramp: every crop is a ramp, of at least a quarter of its range."""
+    ramp = torch.arange(48).mul(5).to(torch.uint8).expand(400, 3, 48, 48)
+    pixels = pretraining.crops(ramp, torch.Generator().manual_seed(0))
+    assert pixels.shape == ramp.shape and pixels.abs().max() <= 1
+    slopes = (pixels[..., 1:] - pixels[..., :-1]).mean((1, 2, 3))
+    assert 0.4 < (slopes > 0).float().mean() < 0.6
+    assert pixels.std(2).max() < 1e-4  # rows are equal
+
+
+@given(st.integers(0, 500), st.integers(1, 9))
+def test_mixed_images_and_their_shares(step, count):
+    """Of images of one value each, the mean value is that of the shares."""
+    generator = torch.Generator().manual_seed(step)
+    values = torch.randn(count, generator=generator)
+    images = values.view(-1, 1, 1, 1).expand(count, 3, 48, 48)
+    partners, share, side = pretraining.mixing(step, count, 48, generator)
+    result = pretraining.mixed(images, partners, share, side, generator)
+    expected = share * values + (1 - share) * values[partners]
+    torch.testing.assert_close(result.mean((1, 2, 3)), expected, atol=1e-4, rtol=1e-4)
+    assert sorted(partners.tolist()) == list(range(count)) and 0 <= share <= 1
 
 
 def test_step_overhead(tmp_path, monkeypatch):
