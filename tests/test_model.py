@@ -680,3 +680,57 @@ def test_invalid_domains_are_named(name, count):
     with pytest.raises(ValueError) as caught:
         model.UDON(small_vit(), {"cars": 2, name: count})
     assert repr(name) in str(caught.value) and str(count) in str(caught.value)
+
+
+# ---- memory of large layers ----------------------------------------------------------------------
+
+
+def saved_bytes(module, x):
+    """-> the bytes of the tensors that the backward pass keeps, and the output."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = module(x)
+    return sum(storages.values()), output
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_large_layer_keeps_less_and_has_the_same_gradients(activation, monkeypatch):
+    torch.manual_seed(0)
+    mlp = model.Mlp(16, 64, activation).double()
+    found = []
+    for large in (1 << 24, 0):
+        monkeypatch.setattr(model, "LARGE", large)
+        x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1)).double()
+        x.requires_grad_()
+        kept, output = saved_bytes(mlp, x)
+        mlp.zero_grad()
+        (output * torch.arange(16)).sum().backward()
+        gradients = [x.grad, *(parameter.grad.clone() for parameter in mlp.parameters())]
+        found.append((kept, output.detach(), gradients))
+    (plain, expected, gradients), (kept, output, others) = found
+    assert kept <= plain - 3 * 5 * 64 * 8  # the activated layer
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+    torch.testing.assert_close(others, gradients, rtol=1e-12, atol=1e-14)
+
+
+def test_a_large_layer_trains_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(model, "LARGE", 0)
+    mlp = model.Mlp(16, 64, "gelu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = mlp(torch.randn(3, 5, 16))
+    output.float().square().mean().backward()
+    assert all(one.grad.dtype == torch.float32 for one in mlp.parameters())
+
+
+def test_a_frozen_large_layer_passes_the_gradient_on(monkeypatch):
+    monkeypatch.setattr(model, "LARGE", 0)
+    mlp = model.Mlp(16, 64, "gelu").requires_grad_(False)
+    x = torch.randn(3, 5, 16, requires_grad=True)
+    mlp(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert all(one.grad is None for one in mlp.parameters())
