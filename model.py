@@ -29,7 +29,7 @@ ACTIVATIONS = {
     "quick_gelu": quick_gelu,  # OpenAI's CLIP
 }
 
-LARGE = 1 << 24  # elements of a hidden layer from which memory matters more than time
+LARGE = 1 << 19  # elements of an image's hidden layer from which memory matters more than time
 
 SIZES = {  # micro and mini: our compact networks, to train on a CPU; the others: arXiv:2010.11929
     "micro": dict(image_size=48, patch_size=16, width=96, depth=2, heads=3, stem="conv"),
@@ -141,7 +141,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden, activation = self.fc1(x), ACTIVATIONS[self.activation]
         is_planned = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-        if is_planned or hidden.numel() < LARGE:
+        if is_planned or hidden[0].numel() < LARGE:
             return self.fc2(activation(hidden))
         return ActivatedLinear.apply(hidden, self.fc2.weight, self.fc2.bias, activation)
 
