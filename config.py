@@ -44,6 +44,7 @@ COMPACT = {
     "head_lr": 3e-3,
     "backbone_lr": 6e-4,
     "schedule": "cosine",
+    "warmup_steps": 200,
     "frozen_epochs": 0.2,
     "student_init": "lda",
 }
@@ -90,7 +91,7 @@ TIMM = {"init": "timm", "image_size": 0}
 # Steps on features take milliseconds, and a checkpoint holds the whole backbone.
 FROZEN = {"save_every": 2000}
 # A run of a number of steps may be resumed with more, and then equals one of that length.
-STEPS = {"schedule": "constant"}
+STEPS = {"schedule": "constant", "warmup_steps": 0}
 Preset = Literal["mini", "micro", "uned-s16", "uned-b16", "uned-l16", "uned-b16-clip"]
 Method = Literal["udon", "udon-joint", "usc", "ujc", "teachers", "distill", "backbone"]
 DEMO = ("udon-joint", "usc")  # what `python udon.py train` compares with without other options

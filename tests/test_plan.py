@@ -19,6 +19,7 @@ from test_distributed import job
 from torch import nn
 
 import data
+import model
 import plan
 import run as runs
 import udon
@@ -183,7 +184,9 @@ def allocated(run, images, domain):
     ],
     ids=str,
 )
-def test_activations_are_those_of_a_real_step(options):
+@pytest.mark.parametrize("large", [model.LARGE, 0])
+def test_activations_are_those_of_a_real_step(options, large, monkeypatch):
+    monkeypatch.setattr(model, "LARGE", large)
     run = run_of(ViT(32, 8, 48, 3, 4), 32, **{"batch_size": 32, **options})
     config = run.config
     run.model.precision = torch.bfloat16 if config.precision == "bf16" else None
