@@ -224,8 +224,8 @@ class Config:
     """Schedule of both learning rates (paper: constant). With --steps it is constant unless given,
     so that the run may be resumed with more steps."""
     warmup_steps: int = 0
-    """Steps in which both learning rates rise from 0 (paper: 0); helps large rates from random
-    weights."""
+    """Steps in which both learning rates rise from 0 (paper: 0); helps large rates, and keeps a run
+    of few steps near the weights that it starts from. With --steps it is 0 unless given."""
     weight_decay: float = 1e-6
     """Decoupled weight decay of all parameters (official setting)."""
     ema: float = 0.0

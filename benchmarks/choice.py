@@ -49,7 +49,7 @@ def halves(root: Path) -> dict[str, tuple[str, ...]]:
 
 def train(root: Path, half: str, setting: str, seed: int, results: Path, runs: Path) -> None:
     words = f"--domains {shlex.join(halves(root)[half])} --method udon-joint {SCHEDULE}"
-    words = f"{words} {SETTINGS[setting]} --seed {seed}"
+    words = f"{words} --student-init pca {SETTINGS[setting]} --seed {seed}"
     about = {"half": half, "setting": setting, "seed": seed}
     start.record(Path(half, setting, f"seed{seed}"), root, words, about, results, runs)
 

@@ -4,10 +4,11 @@
     python -m benchmarks.defaults --table results/README.md      writes the tables, trains nothing
 
 Each data set is trained with every method and several seeds, all else by default, on one thread.
-`start` is the student before its first step: 64 principal axes of the backbone's embeddings of the
-training images. Every student is tested on its own domains, and on those of --unseen, too. The
-result is results/defaults/<data set>/<method>/seed<N>.json; an interrupted run is resumed from its
-checkpoint in runs/defaults/.
+`start` is the student before its first step: 64 axes of the backbone's embeddings of the training
+images, whitened within classes; `start-pca`, their principal axes instead. Every student is tested
+on its own domains, and on those of --unseen, too. The result is
+results/defaults/<data set>/<method>/seed<N>.json; an interrupted run is resumed from its checkpoint
+in runs/defaults/.
 """
 
 import argparse
@@ -23,15 +24,23 @@ from benchmarks.shared import positive
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, RUNS = ROOT / "results" / "defaults", ROOT / "runs" / "defaults"
+STILL = "--method usc --steps 1 --head-lr 1e-30"  # a step that changes nothing
 METHODS = {
     "udon-joint": "--method udon-joint",
     "ujc": "--method ujc",
     "ujc-size": "--method ujc --sampler size",
     "udon": "--method udon",
     "usc": "--method usc",
-    "start": "--method usc --steps 1 --head-lr 1e-30",  # a step that changes nothing
+    "udon-joint-pca": "--method udon-joint --student-init pca",
+    "start": STILL,
+    "start-pca": f"{STILL} --student-init pca",
 }
-PAIRS = ("udon-joint", "ujc"), ("udon-joint", "ujc-size"), ("udon", "usc")
+PAIRS = (
+    ("udon-joint", "ujc"),
+    ("udon-joint", "ujc-size"),
+    ("udon-joint", "udon-joint-pca"),
+    ("udon", "usc"),
+)
 
 # Runs ---------------------------------------------------------------------------------------------
 

@@ -21,7 +21,9 @@ from config import Config
 MAIN_SEEDS, SEEDS, SETTING_SEEDS = 5, 3, 2
 # The defaults and the compact weights of the time; for those of now see benchmarks/defaults.py.
 WEIGHTS = "weights/mini_22_epochs.pt"
-SCHEDULE = f"--init {WEIGHTS} --batch-size 64 --backbone-lr 3e-4 --schedule constant"
+SCHEDULE = (
+    f"--init {WEIGHTS} --batch-size 64 --backbone-lr 3e-4 --schedule constant --warmup-steps 0"
+)
 START = f"--student-init lecun --frozen-epochs 1 {SCHEDULE}"
 BASELINE = "usc"
 

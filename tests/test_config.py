@@ -67,6 +67,7 @@ COMPACT = {
     "head_lr": 3e-3,
     "backbone_lr": 6e-4,
     "schedule": "cosine",
+    "warmup_steps": 200,
     "frozen_epochs": 0.2,
     "student_init": "lda",
 }

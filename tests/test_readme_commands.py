@@ -44,6 +44,7 @@ RUN = {
     "test_defaults_beside_the_start_of_training",
     "python -m benchmarks.choice": "test_benchmarks.py "
     "test_settings_are_chosen_on_one_half_and_judged_on_the_other",
+    "python -m benchmarks.pretraining": "test_benchmarks.py test_pretraining",
     "python -m benchmarks.frozen": "test_benchmarks.py test_frozen_and_fine_tuned_backbones",
     "python -m benchmarks.procedural": "test_benchmarks.py test_procedural_table",
     "python -m benchmarks.step_overhead": "test_benchmarks.py test_step_overhead",
