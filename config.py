@@ -46,7 +46,7 @@ COMPACT = {
     "schedule": "cosine",
     "warmup_steps": 200,
     "frozen_epochs": 0.2,
-    "student_init": "lda",
+    "student_init": "pca",
 }
 PRESETS = {
     # Ours, chosen on validation splits, with the compact weights in weights/.

@@ -4,9 +4,9 @@
     python -m benchmarks.defaults --table results/README.md      writes the tables, trains nothing
 
 Each data set is trained with every method and several seeds, all else by default, on one thread.
-`start` is the student before its first step: 64 axes of the backbone's embeddings of the training
-images, whitened within classes; `start-pca`, their principal axes instead. Every student is tested
-on its own domains, and on those of --unseen, too. The result is
+`start` is the student before its first step: 64 principal axes of the backbone's embeddings of the
+training images; `-lda`, axes of embeddings that are whitened first. Every student is tested on its
+own domains, and on those of --unseen, too. The result is
 results/defaults/<data set>/<method>/seed<N>.json; an interrupted run is resumed from its checkpoint
 in runs/defaults/.
 """
@@ -31,14 +31,14 @@ METHODS = {
     "ujc-size": "--method ujc --sampler size",
     "udon": "--method udon",
     "usc": "--method usc",
-    "udon-joint-pca": "--method udon-joint --student-init pca",
+    "udon-joint-lda": "--method udon-joint --student-init lda",
     "start": STILL,
-    "start-pca": f"{STILL} --student-init pca",
+    "start-lda": f"{STILL} --student-init lda",
 }
 PAIRS = (
     ("udon-joint", "ujc"),
     ("udon-joint", "ujc-size"),
-    ("udon-joint", "udon-joint-pca"),
+    ("udon-joint-lda", "udon-joint"),
     ("udon", "usc"),
 )
 

@@ -459,10 +459,11 @@ def test_defaults_beside_the_start_of_training(uned, tmp_path, monkeypatch):
     file = tmp_path / "results.md"
     file.write_text(MARKED.format("defaults"))
     places = ["--results", tmp_path / "results", "--runs", tmp_path / "runs"]
-    options = ["--data", uned, "--unseen", uned, "--methods", "usc", "start", "--seeds", 2]
+    options = ["--data", uned, "--unseen", uned, "--seeds", 2]
+    options += ["--methods", "usc", "start", "start-lda"]
     run(defaults, [*options, *places, "--table", file], monkeypatch)
     lines = [line for line in file.read_text().splitlines() if "| `" in line]
-    assert len(lines) == 1 + 2 + 2 and f"| `{uned.name}` | `usc` |" in lines[1]
+    assert len(lines) == 1 + 3 + 3 and f"| `{uned.name}` | `usc` |" in lines[1]
     splits = data.Benchmark(uned)
     images = {name: len(splits.split(name, "train")) for name in splits.domains}
     (results,) = defaults.read(tmp_path / "results").values()
@@ -472,7 +473,9 @@ def test_defaults_beside_the_start_of_training(uned, tmp_path, monkeypatch):
     errors = {
         name: (axes @ axes.T - torch.eye(len(axes))).abs().max() for name, axes in heads.items()
     }
-    assert errors["start"] < 1e-5 < 1e-3 < errors["usc"]  # principal axes, and no longer
+    assert errors["start"] < 1e-5 < 1e-3 < errors["start-lda"]  # principal axes, whitened ones
+    moved = {name: (axes - heads["start"]).abs().max() for name, axes in heads.items()}
+    assert moved["start"] == 0 < 1e-3 < moved["usc"]
 
 
 def test_settings_are_chosen_on_one_half_and_judged_on_the_other(uned, tmp_path, monkeypatch):

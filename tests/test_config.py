@@ -69,7 +69,7 @@ COMPACT = {
     "schedule": "cosine",
     "warmup_steps": 200,
     "frozen_epochs": 0.2,
-    "student_init": "lda",
+    "student_init": "pca",
 }
 CHOICES = {  # where the values that an option may take are defined
     "init_activation": model.ACTIVATIONS,
@@ -122,7 +122,7 @@ def test_methods_are_overlays(preset, method):
     assert {name: values[name] for name in untouched} == {name: others[name] for name in untouched}
     assert values["epochs"] == (0 if method == "backbone" else others["epochs"])
     random = method == "backbone" or preset not in ("mini", "micro")  # its heads are not used
-    assert values["student_init"] == ("lecun" if random else "lda")
+    assert values["student_init"] == ("lecun" if random else "pca")
 
 
 def test_every_method_is_tested():

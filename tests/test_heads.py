@@ -257,7 +257,7 @@ def test_at_most_twenty_images_of_each_class(classes):
 
 @pytest.mark.parametrize("model", ["micro", "mini"])
 def test_the_compact_presets_start_from_images_and_the_published_setting_does_not(model):
-    assert Config(preset=model).student_init == "lda"
+    assert Config(preset=model).student_init == "pca"
     assert Config().student_init == Config(preset="uned-b16").student_init == "lecun"
 
 
