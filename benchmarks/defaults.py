@@ -151,6 +151,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--table", type=Path, metavar="FILE", help="write the tables into this file"
     )
+    parser.add_argument("--mark", default="defaults", help="before them there (default: defaults)")
     return parser
 
 
@@ -167,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
         for seed, root, method in itertools.product(*grid):
             train(root.absolute(), unseen, method, seed, options.results, runs)
         if options.table:
-            tables.write(options.table, "defaults", lambda: table(read(options.results)))
+            tables.write(options.table, options.mark, lambda: table(read(options.results)))
 
 
 if __name__ == "__main__":

@@ -59,9 +59,19 @@ def test_table_of_the_procedural_domains():
     assert marked("procedural") == procedural.table(procedural.read(procedural.RESULTS))
 
 
-def test_tables_of_the_defaults():
+def test_table_of_pretrained_backbones():
+    """In weights/README.md."""
+    text = (ROOT / "weights" / "README.md").read_text(encoding="utf-8")
+    for directory in (RESULTS / "pretraining").iterdir():
+        means = [recorded(directory / f"{d}.json")["mean"] for d in ("mini_uned", "far_uned")]
+        cells = [" / ".join(f"{100 * mean[m]:.1f}" for m in evaluate.METRICS) for mean in means]
+        assert f"| `{directory.name}` | {' | '.join(cells)} |" in text
+
+
+@pytest.mark.parametrize("name", ["defaults", "defaults_64_epochs"])
+def test_tables_of_the_defaults(name):
     pytest.importorskip("scipy")
-    assert marked("defaults") == defaults.table(defaults.read(defaults.RESULTS))
+    assert marked(name) == defaults.table(defaults.read(RESULTS / name))
 
 
 def test_table_of_choices():
