@@ -1,7 +1,7 @@
 """What the heads and classifiers of a run start from, besides random numbers.
 
     continue_heads(model, path, splits)      those of another run that fit (--init RUN)
-    start_from_images(model, splits, ...)    the training images (--student-init lda)
+    start_from_images(model, splits, ...)    the training images (--student-init pca, lda)
 
 Copy with: data, folders, images, procedural, evaluate, export, metrics, vectors, gallery,
 checkpoint, model, timm_backbone, distributed, kernels, torch, numpy, pillow.
@@ -70,7 +70,7 @@ def start_from_images(
     preprocessing: dict,
     filled: Container[str] = (),
     seed: int = 0,
-    start: Literal["pca", "lda"] = "lda",
+    start: Literal["pca", "lda"] = "pca",
 ) -> None:
     """Sets heads and classifiers so that training starts from what the backbone already tells
     apart, and random gradients do not destroy it.
