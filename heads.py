@@ -91,16 +91,10 @@ def start_from_images(
     model.eval()
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    moments, centres, count = {}, {}, 0
+    moments, centres = {}, {}
     for domain, split in splits.items():
-        some = images_of_each_class(split.classes)
-        images = data.TestImages(split, size, antialias=preprocessing["antialias"], rows=some)
-        rows = evaluate.embed(model.embed_backbone, images, preprocessing, device).double()
-        usable = images.usable_rows()
-        rows, classes = rows[np.searchsorted(some, usable)], split.classes[usable]
-        centres[domain] = class_means(rows, classes, split.num_classes)
-        moments[domain] = moments_of(rows, rows - centres[domain][torch.from_numpy(classes)])
-        count += len(rows)
+        moments[domain], centres[domain] = moments_of(model, split, size, preprocessing, device)
+    count = sum(len(one.weights) for one in moments.values())
 
     names = {module: name for name, module in model.named_modules()}
 
@@ -128,9 +122,20 @@ def start_from_images(
     print(f"heads and classifiers start from {count:,} training images")
 
 
-def moments_of(rows: torch.Tensor, residuals: torch.Tensor) -> Moments:
+def moments_of(
+    model: UDON, split: data.Split, size: int, preprocessing: dict, device: torch.device
+) -> tuple[Moments, torch.Tensor]:
+    """Of at most 20 images of each class; and the means (C, D) of the classes."""
+    some = images_of_each_class(split.classes)
+    images = data.TestImages(split, size, antialias=preprocessing["antialias"], rows=some)
+    rows = evaluate.embed(model.embed_backbone, images, preprocessing, device).double()
+    usable = images.usable_rows()
+    rows, classes = rows[np.searchsorted(some, usable)], split.classes[usable]
+    centres = class_means(rows, classes, split.num_classes)
+    residuals = rows - centres[torch.from_numpy(classes)]
     weights = torch.full_like(rows[:, 0], 1 / len(rows))
-    return Moments(rows.mean(0), torch.cov(rows.T, correction=0), residuals, weights)
+    covariance = torch.cov(rows.T, correction=0)
+    return Moments(rows.mean(0), covariance, residuals, weights), centres
 
 
 def pooled(domains: list[Moments]) -> Moments:
