@@ -125,7 +125,7 @@ def start_from_images(
 def moments_of(
     model: UDON, split: data.Split, size: int, preprocessing: dict, device: torch.device
 ) -> tuple[Moments, torch.Tensor]:
-    """Of at most 20 images of each class; and the means (C, D) of the classes."""
+    """The moments of at most 20 images of each class, and the means (C, D) of the classes."""
     some = images_of_each_class(split.classes)
     images = data.TestImages(split, size, antialias=preprocessing["antialias"], rows=some)
     rows = evaluate.embed(model.embed_backbone, images, preprocessing, device).double()
@@ -139,11 +139,13 @@ def moments_of(
 
 
 def pooled(domains: list[Moments]) -> Moments:
-    """Of the images of several domains, each with the same weight."""
-    means, covariances = (torch.stack(part) for part in list(zip(*domains))[:2])
-    covariance = covariances.mean(0) + torch.cov(means.T, correction=0)
-    residuals, weights = (torch.cat(part) for part in list(zip(*domains))[2:])
-    return Moments(means.mean(0), covariance, residuals, weights / len(domains))
+    """The moments of the images of several domains, each with the same weight."""
+    means, covariances, residuals, weights = zip(*domains)
+    means = torch.stack(means)
+    covariance = torch.stack(covariances).mean(0) + torch.cov(means.T, correction=0)
+    return Moments(
+        means.mean(0), covariance, torch.cat(residuals), torch.cat(weights) / len(domains)
+    )
 
 
 def whitening(residuals: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -173,7 +175,7 @@ def shrunk_covariance(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor
         + covariance.square().sum()
     )
     error = (weights.square() * deviations).sum()
-    share = (error / (covariance - target).square().sum()).nan_to_num(1.0).clamp(max=1)
+    share = (error / (covariance - target).square().sum()).nan_to_num(1.0).clamp(0, 1)
     return covariance.lerp(target, share)
 
 
