@@ -151,7 +151,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--table", type=Path, metavar="FILE", help="write the tables into this file"
     )
-    parser.add_argument("--mark", default="defaults", help="before them there (default: defaults)")
+    parser.add_argument("--mark", default="defaults", help="its marks in FILE (default: defaults)")
     return parser
 
 

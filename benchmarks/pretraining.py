@@ -3,20 +3,19 @@
     python -m benchmarks.pretraining --data mini_imagenet --out weights/mini.pt
 
 Trained to classify alone, a small network makes all images of a class alike, and loses what would
-tell other classes apart. Two losses are added here, half of each:
+tell other classes apart. The loss here is the first of these and half of the second:
 
     classification   cross-entropy of 16 x cosines, of images that are mixed with others: mixup
                      (arXiv:1710.09412) and CutMix (arXiv:1905.04899), in turns
     instances        InfoNCE of two crops of each image among those of its batch, mixed in the same
                      way, with temperature 0.2 and a head of its own (arXiv:2002.05709)
 
-The file holds the backbone in half precision, for --init. An interrupted run goes on from the file
+The file holds the backbone in half precision, for --init. An interrupted run resumes from the file
 OUT.state; batches are functions of the step.
 """
 
 import argparse
 import math
-import os
 import time
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import checkpoint
 import data
 import pretrained
 import udon
@@ -69,9 +69,11 @@ def crops(images: Tensor, generator: torch.Generator) -> Tensor:
     return pixels.clamp(0, 1) * 2 - 1
 
 
-def mixing(step: int, count: int, size: int, generator: torch.Generator):
-    """How a batch is mixed -> (partners (B,), share of the image itself, side of the pasted square,
-    0 for mixup)."""
+def mixing(
+    step: int, count: int, size: int, generator: torch.Generator
+) -> tuple[Tensor, float, int]:
+    """How a batch of `count` images of `size` pixels is mixed -> (the partner of each (B,), the
+    share that stays of an image itself, the side of the pasted square or 0 for mixup)."""
     partners = torch.randperm(count, generator=generator)
     concentration = 1.0 if step % 2 else 0.2  # of CutMix and mixup, as published
     share = float(np.random.default_rng(step).beta(concentration, concentration))
@@ -81,7 +83,10 @@ def mixing(step: int, count: int, size: int, generator: torch.Generator):
     return partners, 1 - (side / size) ** 2, side
 
 
-def mixed(images: Tensor, partners: Tensor, share: float, side: int, generator) -> Tensor:
+def mixed(
+    images: Tensor, partners: Tensor, share: float, side: int, generator: torch.Generator
+) -> Tensor:
+    """Images (B, 3, H, W) mixed with those of their partners, as `mixing` says."""
     if not side:
         return images[partners].lerp(images, share)
     top, left = torch.randint(images.shape[-1] - side + 1, (2,), generator=generator).tolist()
@@ -194,9 +199,12 @@ def train(options: argparse.Namespace) -> None:
 
 
 def resume(state: Path, settings: dict, network: nn.Module, optimizer) -> int:
-    """Continues from the file of an interrupted run -> its step. Raises data.InputError if that run
-    had other settings."""
-    saved = torch.load(state, weights_only=True)
+    """Continues from the file of an interrupted run -> its step. Raises data.InputError if the file
+    is damaged, or that run had other settings."""
+    try:
+        saved = torch.load(state, weights_only=True)
+    except Exception:  # zip, pickle and torch share no class of errors
+        raise data.InputError(f"{state} is damaged: delete it to start again") from None
     if other := [name for name in settings if settings[name] != saved["settings"][name]]:
         raise data.InputError(
             f"{state} is of a run with other {' and '.join(other)}: delete it, or change --out"
@@ -208,9 +216,8 @@ def resume(state: Path, settings: dict, network: nn.Module, optimizer) -> int:
 
 def write(content: dict, path: Path) -> None:
     """Saves a file whole or not at all."""
-    partial = Path(f"{path}.partial")
-    torch.save(content, partial)
-    os.replace(partial, path)
+    with checkpoint.replacing(path) as partial, open(partial, "wb") as file:
+        checkpoint.write_archive(content, file)
 
 
 # Command line -------------------------------------------------------------------------------------

@@ -321,6 +321,11 @@ def test_pretraining(uned, tmp_path, monkeypatch, capfd):
         run(pretraining, [*arguments, parts], context)
     changed = [*arguments, parts, "--rate", "0.1"]
     assert "other rate" in error_of(pretraining, changed, monkeypatch, capfd)
+    state = tmp_path / "parts.pt.state"
+    saved = state.read_bytes()
+    state.write_bytes(saved[:100])
+    assert "is damaged" in error_of(pretraining, [*arguments, parts], monkeypatch, capfd)
+    state.write_bytes(saved)
     run(pretraining, [*arguments, parts], monkeypatch)
     assert "resumed at step 2 of 6" in capfd.readouterr().out
     models = [torch.load(file)["model"] for file in (whole, parts)]
