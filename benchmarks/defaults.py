@@ -5,8 +5,10 @@
 
 Each data set is trained with every method and several seeds, all else by default, on one thread.
 `start` is the student before its first step: 64 principal axes of the backbone's embeddings of the
-training images; `-lda`, axes of embeddings that are whitened first. Every student is tested on its
-own domains, and on those of --unseen, too. The result is
+training images; `-lda`, axes of embeddings that are whitened first. `distill-8` is distilled from
+one separate teacher for each domain, whose training counts as its own; `distill-8-joint` has the
+negatives and the margin of udon-joint. Every student is tested on its own domains, and on those of
+--unseen, too. The result is
 results/defaults/<data set>/<method>/seed<N>.json; an interrupted run is resumed from its checkpoint
 in runs/defaults/.
 """
@@ -14,6 +16,7 @@ in runs/defaults/.
 import argparse
 import itertools
 import json
+import shlex
 import statistics
 from pathlib import Path
 
@@ -25,12 +28,16 @@ from benchmarks.shared import positive
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, RUNS = ROOT / "results" / "defaults", ROOT / "runs" / "defaults"
 STILL = "--method usc --steps 1 --head-lr 1e-30"  # a step that changes nothing
+DISTILL = "--method distill --distill-into-backbone"
+TEACHER = "--method usc --student-dim 256"  # of one domain
 METHODS = {
     "udon-joint": "--method udon-joint",
     "ujc": "--method ujc",
     "ujc-size": "--method ujc --sampler size",
     "udon": "--method udon",
     "usc": "--method usc",
+    "distill-8": DISTILL,
+    "distill-8-joint": f"{DISTILL} --negatives all --domain-margin 0.2",
     "udon-joint-lda": "--method udon-joint --student-init lda",
     "start": STILL,
     "start-lda": f"{STILL} --student-init lda",
@@ -38,6 +45,8 @@ METHODS = {
 PAIRS = (
     ("udon-joint", "ujc"),
     ("udon-joint", "ujc-size"),
+    ("udon-joint", "distill-8"),
+    ("udon-joint", "distill-8-joint"),
     ("udon-joint-lda", "udon-joint"),
     ("udon", "usc"),
 )
@@ -46,16 +55,32 @@ PAIRS = (
 
 
 def train(root: Path, unseen: Path | None, method: str, seed: int, results: Path, runs: Path):
-    def further(run):
-        benchmark = data.Benchmark(str(root))
-        images = {name: len(benchmark.split(name, "train")) for name in benchmark.domains}
-        if not unseen:
-            return {"images": images}
-        mean = evaluated(run, unseen)
-        return {"images": images, "unseen": {"data": unseen.name, "mean": mean}}
-
     place, words = Path(root.name, method, f"seed{seed}"), f"{METHODS[method]} --seed {seed}"
+    if (results / place).with_suffix(".json").exists():
+        return
+    benchmark, teacher_seconds = data.Benchmark(str(root)), 0.0
+    if method.startswith("distill"):
+        teachers = Path(root.name, "teachers", f"seed{seed}")
+        teacher_seconds = train_teachers(runs / teachers, benchmark, seed)
+        words += f" --teachers {shlex.quote(str(runs / teachers))}"
+
+    def further(run, result):
+        images = {name: len(benchmark.split(name, "train")) for name in benchmark.domains}
+        about = {"images": images, "cpu_seconds": result["cpu_seconds"] + teacher_seconds}
+        if unseen:
+            about["unseen"] = {"data": unseen.name, "mean": evaluated(run, unseen)}
+        return about
+
     start.record(place, root, words, {"method": method, "seed": seed}, results, runs, further)
+
+
+def train_teachers(place: Path, benchmark: data.Benchmark, seed: int) -> float:
+    """Trains one teacher for each domain, place/<domain>, and returns their CPU seconds."""
+    options = ["--data", benchmark.root, *TEACHER.split(), "--seed", seed, "--workers", 0]
+    return sum(
+        ablation.train(place / domain, [*options, "--domains", domain])["cpu_seconds"]
+        for domain in benchmark.domains
+    )
 
 
 def evaluated(run: Path, unseen: Path) -> dict[str, float]:

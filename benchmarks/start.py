@@ -56,19 +56,21 @@ def record(
     about: dict,
     results: Path,
     runs: Path,
-    further: Callable[[Path], dict] = lambda run: {},
+    further: Callable[[Path, dict], dict] = lambda run, result: {},
 ) -> None:
     """Trains and tests a run on the data directory `root` with the options `words`, and writes
-    results/<place>.json, unless that exists. further: the directory of the run -> more of it."""
+    results/<place>.json, unless that exists. further: the directory of the run and its test
+    results -> what replaces or joins them."""
     target = (results / place).with_suffix(".json")
     if target.exists():
         return
     options = ["--data", str(root), *shlex.split(words), "--workers", "0"]
     result = ablation.train(runs / place, options)
     command = f"python udon.py train {shlex.join(options)}".replace(str(root), root.name)
+    command = command.replace(f"{runs}{os.sep}", "")
     about = {"data": root.name} | about | {"command": command}
     about |= {name: result[name] for name in KEPT} | {"backbone": result["backbone"]["mean"]}
-    about |= further(runs / place)
+    about |= further(runs / place, result)
     about |= {"version": ablation.version(), "machine": shared.machine("cpu")}
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, about | {"date": time.strftime("%Y-%m-%d")})

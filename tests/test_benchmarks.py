@@ -465,21 +465,26 @@ def test_defaults_beside_the_start_of_training(uned, tmp_path, monkeypatch):
     file.write_text(MARKED.format("defaults"))
     places = ["--results", tmp_path / "results", "--runs", tmp_path / "runs"]
     options = ["--data", uned, "--unseen", uned, "--seeds", 2]
-    options += ["--methods", "usc", "start", "start-lda"]
+    options += ["--methods", "usc", "distill-8", "start", "start-lda"]
     run(defaults, [*options, *places, "--table", file], monkeypatch)
     lines = [line for line in file.read_text().splitlines() if "| `" in line]
-    assert len(lines) == 1 + 3 + 3 and f"| `{uned.name}` | `usc` |" in lines[1]
+    assert len(lines) == 1 + 4 + 4 and f"| `{uned.name}` | `usc` |" in lines[1]
     splits = data.Benchmark(uned)
     images = {name: len(splits.split(name, "train")) for name in splits.domains}
     (results,) = defaults.read(tmp_path / "results").values()
     for runs in results.values():
         assert all(run["images"] == images for run in runs.values())
         assert all(run["unseen"]["mean"] == pytest.approx(run["mean"]) for run in runs.values())
+    distilled, runs = results["distill-8"][1], tmp_path / "runs" / uned.name
+    assert distilled["command"].endswith(f"--teachers {uned.name}/teachers/seed1 --workers 0")
+    parts = [*(runs / "teachers" / "seed1").glob("*/test.json"), runs / "distill-8/seed1/test.json"]
+    seconds = [json.loads(part.read_text())["cpu_seconds"] for part in parts]
+    assert len(parts) == 3 and distilled["cpu_seconds"] == pytest.approx(sum(seconds))
     errors = {
         name: (axes @ axes.T - torch.eye(len(axes))).abs().max() for name, axes in heads.items()
     }
     assert errors["start"] < 1e-5 < 1e-3 < errors["start-lda"]  # principal axes, whitened ones
-    moved = {name: (axes - heads["start"]).abs().max() for name, axes in heads.items()}
+    moved = {name: (heads[name] - heads["start"]).abs().max() for name in ("start", "usc")}
     assert moved["start"] == 0 < 1e-3 < moved["usc"]
 
 
