@@ -126,14 +126,18 @@ def embed(
     Raises data.InputError if an output is not finite.
     """
     mean, std = preprocessing["mean"], preprocessing["std"]
-    share = distributed.share(
-        -(-len(images) // EMBED_BATCH)
-    )  # of the batches, so that all are whole
+    batches = -(-len(images) // EMBED_BATCH)
     vectors = [
         network(data.normalise(batch.to(device), mean, std)).float().cpu()
-        for batch in images.batches(EMBED_BATCH, min(data.processors(), 8), share)
+        for batch in images.batches(
+            EMBED_BATCH, min(data.processors(), 8), distributed.share(batches)
+        )
     ]
-    vectors = torch.cat(list(itertools.chain(*distributed.collected(vectors))))
+    width = distributed.largest(vectors[0].shape[1] if vectors else 0)
+    whole = torch.zeros(len(vectors), EMBED_BATCH, width)  # the last batch of all may be smaller
+    for rows, batch in zip(whole, vectors):
+        rows[: len(batch)] = batch
+    vectors = distributed.gathered(whole, batches).flatten(0, 1)[: len(images)]
     data.share_bad_rows(images.split)
     check_finite(vectors, images.split)
     return vectors

@@ -287,13 +287,7 @@ def losses_and_gradients(run, images, labels, domain) -> Losses:
     config = run.config
     count = len(labels) if distributed.size() == 1 else config.batch_size
     pieces = list(zip(images.chunk(config.accumulate), labels.chunk(config.accumulate)))
-    whole = None
-    if len(pieces) > 1 and config.weights[3] > 0:
-        parts = [embed_pair(run, piece, domain) for piece, _ in pieces]
-        batch = [distributed.gathered(torch.cat(part), count) for part in zip(*parts)]
-        whole = lambda student, teacher: batch  # noqa: E731
-    elif distributed.size() > 1:
-        whole = lambda *pair: [distributed.gathered(part, count) for part in pair]  # noqa: E731
+    whole = whole_batch(run, [piece for piece, _ in pieces], domain, count)
     sums = [None] * len(Losses._fields)
     for piece, piece_labels in pieces:
         run.gradients.active = piece is pieces[-1][0]
@@ -305,6 +299,17 @@ def losses_and_gradients(run, images, labels, domain) -> Losses:
         sums = [term if sum_ is None else sum_ + term for sum_, term in zip(sums, terms)]
     run.gradients.finish()
     return Losses(*sums)
+
+
+def whole_batch(run, pieces, domain, count) -> Callable | None:
+    """The `whole` of compute_losses for these pieces of `count` images on all processes."""
+    if len(pieces) > 1 and run.config.weights[3] > 0:
+        parts = zip(*(embed_pair(run, piece, domain) for piece in pieces))
+        batch = [distributed.gathered(torch.cat(part), count) for part in parts]
+        return lambda student, teacher: batch
+    if distributed.size() > 1:
+        return lambda *pair: [distributed.gathered(part, count) for part in pair]
+    return None
 
 
 def losses_of(run) -> Callable:

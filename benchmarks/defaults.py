@@ -35,6 +35,8 @@ METHODS = {
     "ujc": "--method ujc",
     "ujc-size": "--method ujc --sampler size",
     "udon": "--method udon",
+    "udon-rr": "--method udon --sampler round_robin",
+    "udon-no-distillation": "--method udon --sampler round_robin --weights 1 1 0 0",
     "usc": "--method usc",
     "distill-8": DISTILL,
     "distill-8-joint": f"{DISTILL} --negatives all --domain-margin 0.2",
@@ -49,6 +51,9 @@ PAIRS = (
     ("udon-joint", "distill-8-joint"),
     ("udon-joint-lda", "udon-joint"),
     ("udon", "usc"),
+    ("udon", "udon-rr"),
+    ("udon-rr", "udon-no-distillation"),
+    ("udon-no-distillation", "usc"),
 )
 
 # Runs ---------------------------------------------------------------------------------------------

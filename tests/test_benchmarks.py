@@ -315,7 +315,10 @@ def test_pretraining(uned, tmp_path, monkeypatch, capfd):
     run(pretraining, [*arguments, whole], monkeypatch)
 
     losses, calls = pretraining.Network.losses, itertools.count()
-    interrupted = lambda *inputs: losses(*inputs) if next(calls) < 3 else 1 / 0  # noqa: E731
+
+    def interrupted(*inputs):
+        return losses(*inputs) if next(calls) < 3 else 1 / 0
+
     with monkeypatch.context() as context, pytest.raises(ZeroDivisionError):
         context.setattr(pretraining.Network, "losses", interrupted)
         run(pretraining, [*arguments, parts], context)
