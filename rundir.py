@@ -16,7 +16,7 @@ Copy with: checkpoint.py, distributed.py, export.py, model.py, timm_backbone.py,
         val_domains            {domain: the same two of its queries}
         sampler_weights        {domain: its weight in the sampler}, at a validation
     last.pt         the checkpoint from which the run is resumed
-    best.pt         the checkpoint of the best validation
+    best.pt         the checkpoint of the best validation, by R@1 + mMP@5
     test.json       its test results, written at the end
     stopped.json    what is known about a loss or gradient that was not finite
     features/       with --freeze-backbone: of all images; computed again if it is deleted

@@ -545,9 +545,8 @@ def validate(run, val_sets, metrics):
     results = test(run, val_sets, run.config.embedding)
     means = results["mean"]
     run.model.train()
-    # Equal R@1 is decided by mMP@5, then by the later step.
-    best = run.best["recall_at_1"], run.best["mmp_at_5"]
-    run.validated, better = run.step, (means["recall_at_1"], means["mmp_at_5"]) >= best
+    # By the sum of both: the best R@1 alone is often that of an early step. Later, if equal.
+    run.validated, better = run.step, score(means) >= score(run.best)
     if better:
         run.best = {"step": run.step, **means}
         if distributed.rank() == 0:
@@ -565,6 +564,10 @@ def validate(run, val_sets, metrics):
         f"mMP@5 {100 * means['mmp_at_5']:.2f}{' (best so far)' if better else ''}",
         flush=True,
     )
+
+
+def score(means: dict) -> float:
+    return means["recall_at_1"] + means["mmp_at_5"]
 
 
 def test(run, sets, embedding):
