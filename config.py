@@ -64,7 +64,7 @@ METHODS = {
     # The published method: a student and the teachers of all domains, trained together.
     "udon": {},
     # Ours: the student separates the classes of all domains, which a merged index needs.
-    "udon-joint": {"negatives": "all", "domain_margin": 0.2, "sampler": "round_robin"},
+    "udon-joint": {"negatives": "all", "domain_margin": 0.2, "sampler": "sqrt_size"},
     # Baselines of the paper: one student, with a classifier per domain or one joint classifier.
     "usc": SINGLE,
     "ujc": {**SINGLE, "negatives": "all"},
@@ -267,9 +267,10 @@ class Config:
 
     # the paper's variants
 
-    sampler: Literal["dynamic", "round_robin", "size", "balanced"] = "dynamic"
+    sampler: Literal["dynamic", "round_robin", "size", "sqrt_size", "balanced"] = "dynamic"
     """How the domain of the next batch is chosen (published: dynamic); round_robin and size,
-    proportional to the training images, are the paper's static baselines."""
+    proportional to the training images, are the paper's static baselines; sqrt_size, proportional
+    to their square roots, is between these two (udon-joint)."""
     period: int = 1000
     """Steps between two updates of the dynamic sampler's weights (official setting, of 221,180
     steps); at least ten updates in a run are useful."""

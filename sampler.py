@@ -21,7 +21,7 @@ from numbers import Integral, Real
 
 import numpy as np
 
-STRATEGIES = ("dynamic", "round_robin", "size", "balanced")
+STRATEGIES = ("dynamic", "round_robin", "size", "sqrt_size", "balanced")
 LONGEST_PERIOD = 10**18
 LONGEST_PLAN = 2**16  # draws decided, and held in memory, at a time
 
@@ -33,9 +33,11 @@ class DomainSampler:
     strategy  "dynamic"      weights follow the losses given to `observe` (UDON)
               "round_robin"  the domains in turn
               "size"         weights proportional to `sizes`
+              "sqrt_size"    to their square roots: large domains get more batches, but see each
+                             image less often (square-root sampling, arXiv:1910.09217)
               "balanced"     equal weights
     period    steps between two updates of the weights, from the number of domains to 10**18
-    sizes     {domain: number of training images}; read by "size" only
+    sizes     {domain: number of training images}; read by these two only
     seed      sets the order within each period
 
     A weight is at least 1 / period, so that every domain gets a batch in every period. A domain
@@ -70,10 +72,12 @@ class DomainSampler:
         self.period = _integer("period", period, len(self.domains), LONGEST_PERIOD)
         self.seed = _integer("seed", seed)
         weights = dict.fromkeys(self.domains, 1.0)
-        if strategy == "size":
+        if strategy in ("size", "sqrt_size"):
             weights = _numbers("sizes", sizes, self.domains)
             if not min(weights.values()) > 0 or not math.isfinite(sum(weights.values())):
                 raise ValueError(f"sampler sizes are {sizes}: they must be positive and finite")
+        if strategy == "sqrt_size":
+            weights = {domain: math.sqrt(size) for domain, size in weights.items()}
         self._step = 0  # draws so far
         self._weights = self._with_floor(weights)  # of the current period
         self._plan: list[str] = []  # the draws that are decided, the next one last

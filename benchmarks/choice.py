@@ -19,7 +19,7 @@ from pathlib import Path
 import data
 import udon
 from benchmarks import start, tables
-from benchmarks.rows import SCHEDULE
+from benchmarks.rows import SCHEDULE, UDON_JOINT
 from benchmarks.shared import positive
 from evaluate import METRICS
 
@@ -48,7 +48,7 @@ def halves(root: Path) -> dict[str, tuple[str, ...]]:
 
 
 def train(root: Path, half: str, setting: str, seed: int, results: Path, runs: Path) -> None:
-    words = f"--domains {shlex.join(halves(root)[half])} --method udon-joint {SCHEDULE}"
+    words = f"--domains {shlex.join(halves(root)[half])} {UDON_JOINT} {SCHEDULE}"
     words = f"{words} --student-init pca {SETTINGS[setting]} --seed {seed}"
     about = {"half": half, "setting": setting, "seed": seed}
     start.record(Path(half, setting, f"seed{seed}"), root, words, about, results, runs)

@@ -32,6 +32,8 @@ DISTILL = "--method distill --distill-into-backbone"
 TEACHER = "--method usc --student-dim 256"  # of one domain
 METHODS = {
     "udon-joint": "--method udon-joint",
+    "udon-joint-rr": "--method udon-joint --sampler round_robin",
+    "udon-joint-size": "--method udon-joint --sampler size",
     "ujc": "--method ujc",
     "ujc-size": "--method ujc --sampler size",
     "udon": "--method udon",
@@ -45,6 +47,7 @@ METHODS = {
     "start-lda": f"{STILL} --student-init lda",
 }
 PAIRS = (
+    ("udon-joint", "udon-joint-rr"),
     ("udon-joint", "ujc"),
     ("udon-joint", "ujc-size"),
     ("udon-joint", "distill-8"),

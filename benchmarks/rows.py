@@ -24,6 +24,7 @@ WEIGHTS = "weights/mini_22_epochs.pt"
 SCHEDULE = (
     f"--init {WEIGHTS} --batch-size 64 --backbone-lr 3e-4 --schedule constant --warmup-steps 0"
 )
+UDON_JOINT = "--method udon-joint --sampler round_robin"
 START = f"--student-init lecun --frozen-epochs 1 {SCHEDULE}"
 BASELINE = "usc"
 
@@ -87,9 +88,9 @@ SYSTEMS = {
         MAIN_SEEDS, "--method udon --sampler round_robin", "UDON with round-robin sampling"
     ),
     "udon": Row(MAIN_SEEDS, "--method udon", "UDON as published"),
-    "udon-joint": Row(MAIN_SEEDS, "--method udon-joint", "UDON, student over all domains (ours)"),
+    "udon-joint": Row(MAIN_SEEDS, UDON_JOINT, "UDON, student over all domains (ours)"),
     "udon-joint-twice": Row(
-        MAIN_SEEDS, "--method udon-joint --epochs 12", "udon-joint, trained twice as long"
+        MAIN_SEEDS, f"{UDON_JOINT} --epochs 12", "udon-joint, trained twice as long"
     ),
 }
 TEACHERS = {
@@ -121,12 +122,12 @@ CHANGES = {
     "zero-gradients": "--inactive-heads zero",
 }
 VARIATIONS = {
-    f"udon-joint-{name}": Row(SEEDS, f"--method udon-joint {options}", base="udon-joint")
+    f"udon-joint-{name}": Row(SEEDS, f"{UDON_JOINT} {options}", base="udon-joint")
     for name, options in CHANGES.items()
 } | {
     "micro-usc": Row(SEEDS, "--preset micro --init compact --method usc", base="udon-joint"),
     "micro-udon-joint": Row(
-        SEEDS, "--preset micro --init compact --method udon-joint", base="udon-joint"
+        SEEDS, f"--preset micro --init compact {UDON_JOINT}", base="udon-joint"
     ),
 }
 CHANGED_SETTINGS = {

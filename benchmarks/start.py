@@ -25,13 +25,18 @@ from pathlib import Path
 import data
 import udon
 from benchmarks import ablation, shared, tables
-from benchmarks.rows import SCHEDULE
+from benchmarks.rows import SCHEDULE, UDON_JOINT
 from benchmarks.shared import positive
 from checkpoint import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, RUNS = ROOT / "results" / "start", ROOT / "runs" / "start"
-METHODS = ("udon-joint", "udon", "usc", "ujc")
+METHODS = {
+    "udon-joint": UDON_JOINT,
+    "udon": "--method udon",
+    "usc": "--method usc",
+    "ujc": "--method ujc",
+}
 STARTS = {  # the last is that of the presets mini and micro
     "lecun": "--student-init lecun --frozen-epochs 1",
     "pca": "--student-init pca --frozen-epochs 1",
@@ -44,7 +49,7 @@ KEPT = ("mean", "domains", "val_recall_at_1", "step", "images", "cpu_seconds")
 
 def train(root: Path, method: str, start: str, seed: int, results: Path, runs: Path) -> None:
     place = Path(root.name, f"{method}-{start}", f"seed{seed}")
-    words = f"--method {method} {STARTS[start]} {SCHEDULE} --seed {seed}"
+    words = f"{METHODS[method]} {STARTS[start]} {SCHEDULE} --seed {seed}"
     about = {"method": method, "start": start, "seed": seed}
     record(place, root, words, about, results, runs)
 

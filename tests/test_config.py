@@ -50,7 +50,7 @@ PUBLISHED = {  # paper section 4 and the official configuration
 COLUMNS = ("weights", "sampler", "signal", "negatives", "domain_margin", "embedding", "index")
 EFFECT = {  # of each method on the options that say what is trained and how it is evaluated
     "udon": ((1, 1, 1, 1), "dynamic", "teacher", "domain", 0, "student", "merged"),
-    "udon-joint": ((1, 1, 1, 1), "round_robin", "teacher", "all", 0.2, "student", "merged"),
+    "udon-joint": ((1, 1, 1, 1), "sqrt_size", "teacher", "all", 0.2, "student", "merged"),
     "usc": ((0, 1, 0, 0), "round_robin", "student", "domain", 0, "student", "merged"),
     "ujc": ((0, 1, 0, 0), "round_robin", "student", "all", 0, "student", "merged"),
     "teachers": ((1, 0, 0, 0), "round_robin", "teacher", "domain", 0, "teacher", "separate"),
@@ -135,7 +135,7 @@ OPTIONS = st.fixed_dictionaries(
         "batch_size": st.integers(1, 512),
         "head_lr": st.floats(0, 1),
         "frozen_epochs": st.floats(0, 3),
-        "sampler": st.sampled_from(("round_robin", "size", "balanced")),
+        "sampler": st.sampled_from(("round_robin", "size", "sqrt_size", "balanced")),
         "model": st.sampled_from([*model.SIZES]),
         "antialias": st.booleans(),
         "period": st.integers(1, 10**6),

@@ -260,7 +260,7 @@ def test_a_backbone_that_cannot_be_tried_is_described_without_memory(capsys):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    strategy=st.sampled_from(["dynamic", "round_robin", "size", "balanced"]),
+    strategy=st.sampled_from(["dynamic", "round_robin", "size", "sqrt_size", "balanced"]),
     period=st.integers(3, 40),
     stop=st.integers(0, 150),
     counts=st.lists(st.integers(1, 10**6), min_size=3, max_size=3),

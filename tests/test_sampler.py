@@ -36,7 +36,7 @@ def cases(draw, strategies=STRATEGIES, losses=any_loss, shortest=0):
     """Arguments of a DomainSampler and {domain: its losses, in turn}."""
     domains = DOMAINS[: draw(st.integers(1, len(DOMAINS)))]
     strategy, sizes = draw(st.sampled_from(strategies)), None
-    if strategy == "size":
+    if strategy in ("size", "sqrt_size"):
         size = st.one_of(st.integers(1, 100), st.integers(1, 10**6))
         sizes = {domain: draw(size) for domain in domains}
     arguments = {
@@ -161,7 +161,7 @@ def test_weights_are_mean_losses_over_their_sum(case):
 
 
 @property_test
-@given(cases(["dynamic", "size"]))
+@given(cases(["dynamic", "size", "sqrt_size"]))
 def test_weights_below_the_floor_are_raised_to_it(case):
     arguments, losses = case
     losses = {domain: values[:1] for domain, values in losses.items()}  # the mean is the loss
@@ -170,7 +170,8 @@ def test_weights_below_the_floor_are_raised_to_it(case):
         run(sampler, period, losses)
         shares = np.array([losses[domain][0] for domain in domains])
     else:
-        shares = np.array([arguments["sizes"][domain] for domain in domains])
+        power = 1 if arguments["strategy"] == "size" else 0.5
+        shares = np.array([arguments["sizes"][domain] for domain in domains]) ** power
     if not shares.any():  # no loss at all: the weights stay equal
         shares = shares + 1
     expected = raised_to_floor(shares / shares.sum(), period)
@@ -218,7 +219,7 @@ def test_weights_stay_where_no_loss_is_observed(losses):
 
 
 @property_test
-@given(cases(["round_robin", "size", "balanced"]))
+@given(cases(["round_robin", "size", "sqrt_size", "balanced"]))
 def test_losses_affect_only_the_dynamic_strategy(case):
     arguments, losses = case
     steps = PERIODS * arguments["period"]
@@ -247,8 +248,12 @@ def test_dynamic_is_shuffled_after_the_first_period():
     assert Counter(second) == {"a": 25, "b": 25} and second != list("ab" * 25)
 
 
-def test_size_is_proportional():
-    sampler = DomainSampler("abc", "size", period=20, sizes={"c": 7, "a": 1, "b": 2})
+@pytest.mark.parametrize(
+    "strategy, sizes",
+    [("size", {"c": 7, "a": 1, "b": 2}), ("sqrt_size", {"c": 49, "a": 1, "b": 4})],
+)
+def test_size_is_proportional(strategy, sizes):
+    sampler = DomainSampler("abc", strategy, period=20, sizes=sizes)
     assert sampler.weights == pytest.approx({"a": 0.1, "b": 0.2, "c": 0.7})
     for _ in range(PERIODS):
         assert Counter(sampler.draw() for _ in range(20)) == {"a": 2, "b": 4, "c": 14}
@@ -276,7 +281,7 @@ def test_defaults_are_dynamic_with_the_official_period():
 
 @property_test
 @given(
-    st.sampled_from(["dynamic", "size", "balanced"]),
+    st.sampled_from(["dynamic", "size", "sqrt_size", "balanced"]),
     st.lists(st.integers(0, 2**40), min_size=2, max_size=2, unique=True),
 )
 def test_the_order_depends_on_seed_and_period(strategy, seeds):
@@ -313,6 +318,7 @@ def test_upcoming_draws_come_true(case, data):
     [
         ("balanced", None, None),
         ("size", {"a": 10, "b": 6, "c": 4}, None),
+        ("sqrt_size", {"a": 100, "b": 36, "c": 16}, None),
         ("dynamic", None, {"a": [5.0], "b": [3.0], "c": [2.0]}),
     ],
 )
