@@ -40,7 +40,9 @@ def test_rows_named_after_methods_are_these_methods():
     for method in set(config.METHODS) - {"distill"}:
         start = {"init": rows.WEIGHTS, "student_init": "lecun", "frozen_epochs": 1.0}
         start |= {"batch_size": 64, "backbone_lr": 3e-4, "schedule": "constant", "warmup_steps": 0}
-        assert rows.config_of(method) == config.Config(preset="mini", method=method, **start)
+        sampler = {"sampler": "round_robin"} if method == "udon-joint" else {}
+        expected = config.Config(preset="mini", method=method, **start, **sampler)
+        assert rows.config_of(method) == expected
 
 
 def test_a_setting_is_the_row_that_it_changes_with_one_option():
@@ -236,7 +238,7 @@ def small_rows(monkeypatch):
     small_rows = {
         "specialists-256": Row(2, f"--method usc {small}"),
         "distill-8": Row(2, f"--method distill {small}", teachers="specialists-256"),
-        "udon-joint": Row(1, f"--method udon-joint {small}"),
+        "udon-joint": Row(1, f"{rows.UDON_JOINT} {small}"),
     }
     monkeypatch.setattr(rows, "ROWS", small_rows)
     monkeypatch.setattr(rows, "MAIN_SEEDS", 1)
