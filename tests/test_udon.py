@@ -856,7 +856,7 @@ CLASSES_SEEN = {"ujc": 8, "udon-joint": 4 + 4 * math.exp(16 * 0.2)}  # other dom
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "backbone"])
 def test_a_small_set_is_learned(uned, specialists, tmp_path, method):
     """40 images of plain colours: losses fall far below those of equal cosines."""
-    options = "--steps 60 --batch-size 16 --val-every 60 --backbone-lr 1e-3 --head-lr 3e-3"
+    options = "--steps 90 --batch-size 16 --val-every 90 --backbone-lr 1e-3 --head-lr 3e-3"
     options += " --student-init lecun"
     if method == "distill":
         options += f" --teachers {specialists}"
