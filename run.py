@@ -490,6 +490,13 @@ def build_run(
     distributed.require_same(
         {f"the digest of the train images of {d}": text[:16] for d, text in digests.items()}
     )
+    sizes = {domain: len(split) for domain, split in splits.items()}
+    try:
+        sampler = DomainSampler(
+            splits, config.sampler, period=config.period, sizes=sizes, seed=config.seed
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if state is None:
         model, architecture, preprocessing = start_model(config, splits, device, backbone)
     else:
@@ -506,13 +513,6 @@ def build_run(
     model.to(device)
     average = copy.deepcopy(model).eval() if config.ema else None
     prepare_backbone(model, config, device)
-    sizes = {domain: len(split) for domain, split in splits.items()}
-    try:
-        sampler = DomainSampler(
-            splits, config.sampler, period=config.period, sizes=sizes, seed=config.seed
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     teachers = None
     if config.teachers is not None:
         size = architecture["backbone"]["image_size"]

@@ -323,11 +323,13 @@ def test_one_teacher_checkpoint_must_know_every_domain(tmp_path):
 # Runs ---------------------------------------------------------------------------------------------
 
 
-def test_the_sampler_needs_a_period_of_at_least_the_domains(uned):
+def test_the_sampler_needs_a_period_of_at_least_the_domains(uned, monkeypatch):
+    """It is refused before the backbone sees all training images."""
     benchmark = data.Benchmark(uned)
     splits = {domain: benchmark.split(domain, "train") for domain in benchmark.domains}
     config = Config(**SMALL, out="x", device="cpu", period=1)
-    with pytest.raises(ConfigError, match="period"):
+    with monkeypatch.context() as context, pytest.raises(ConfigError, match="period"):
+        context.setattr(run.heads, "start_from_images", lambda *_: pytest.fail("too late"))
         run.build_run(config, splits)
     one = run.build_run(Config(**SMALL, out="x", device="cpu", batch_size=4), splits)
     assert one.steps_per_epoch == 10 and one.model.student_classifiers.keys() == {"birds", "cars"}
