@@ -33,11 +33,12 @@ class DomainSampler:
     strategy  "dynamic"      weights follow the losses given to `observe` (UDON)
               "round_robin"  the domains in turn
               "size"         weights proportional to `sizes`
-              "sqrt_size"    to their square roots: large domains get more batches, but see each
-                             image less often (square-root sampling, arXiv:1910.09217)
+              "sqrt_size"    weights proportional to the square roots of `sizes`: a larger domain
+                             gets more batches, but each of its images is seen less often
+                             (square-root sampling, arXiv:1910.09217)
               "balanced"     equal weights
     period    steps between two updates of the weights, from the number of domains to 10**18
-    sizes     {domain: number of training images}; read by these two only
+    sizes     {domain: number of training images}; read by "size" and "sqrt_size" only
     seed      sets the order within each period
 
     A weight is at least 1 / period, so that every domain gets a batch in every period. A domain

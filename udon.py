@@ -545,7 +545,7 @@ def validate(run, val_sets, metrics):
     results = test(run, val_sets, run.config.embedding)
     means = results["mean"]
     run.model.train()
-    # By the sum of both: the best R@1 alone is often that of an early step. Later, if equal.
+    # R@1 alone varies so much that it may choose an early step. Of equal scores, the later one.
     run.validated, better = run.step, score(means) >= score(run.best)
     if better:
         run.best = {"step": run.step, **means}
@@ -567,6 +567,7 @@ def validate(run, val_sets, metrics):
 
 
 def score(means: dict) -> float:
+    """By which validations are compared: R@1 + mMP@5, in [0, 2]."""
     return means["recall_at_1"] + means["mmp_at_5"]
 
 

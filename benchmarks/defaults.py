@@ -5,10 +5,10 @@
 
 Each data set is trained with every method and several seeds, all else by default, on one thread.
 `start` is the student before its first step: 64 principal axes of the backbone's embeddings of the
-training images; `-lda`, axes of embeddings that are whitened first. `distill-8` is distilled from
-one separate teacher for each domain, whose training counts as its own; `distill-8-joint` has the
-negatives and the margin of udon-joint. Every student is tested on its own domains, and on those of
---unseen, too. The result is
+training images. -lda: axes of embeddings that are whitened first; -rr: domains in turn; -size:
+domains in proportion to their images. `distill-8` is distilled from a separate teacher for each
+domain, and its time includes theirs; `distill-8-joint` has the negatives and the margin of
+udon-joint, too. Every student is tested on its own domains, and on those of --unseen. The result is
 results/defaults/<data set>/<method>/seed<N>.json; an interrupted run is resumed from its checkpoint
 in runs/defaults/.
 """
@@ -33,12 +33,9 @@ TEACHER = "--method usc --student-dim 256"  # of one domain
 METHODS = {
     "udon-joint": "--method udon-joint",
     "udon-joint-rr": "--method udon-joint --sampler round_robin",
-    "udon-joint-size": "--method udon-joint --sampler size",
     "ujc": "--method ujc",
     "ujc-size": "--method ujc --sampler size",
     "udon": "--method udon",
-    "udon-rr": "--method udon --sampler round_robin",
-    "udon-no-distillation": "--method udon --sampler round_robin --weights 1 1 0 0",
     "usc": "--method usc",
     "distill-8": DISTILL,
     "distill-8-joint": f"{DISTILL} --negatives all --domain-margin 0.2",
@@ -54,9 +51,6 @@ PAIRS = (
     ("udon-joint", "distill-8-joint"),
     ("udon-joint-lda", "udon-joint"),
     ("udon", "usc"),
-    ("udon", "udon-rr"),
-    ("udon-rr", "udon-no-distillation"),
-    ("udon-no-distillation", "usc"),
 )
 
 # Runs ---------------------------------------------------------------------------------------------
