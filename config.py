@@ -40,6 +40,7 @@ COMPACT = {
     "init": "compact",
     "batch_size": 32,
     "epochs": 6.0,
+    "min_steps": 1000,
     "period": 100,
     "head_lr": 3e-3,
     "backbone_lr": 6e-4,
@@ -47,6 +48,7 @@ COMPACT = {
     "warmup_steps": 200,
     "frozen_epochs": 0.2,
     "student_init": "pca",
+    "ema": 0.99,
 }
 PRESETS = {
     # Ours, chosen on validation splits, with the compact weights in weights/.
@@ -91,7 +93,8 @@ TIMM = {"init": "timm", "image_size": 0}
 # Steps on features take milliseconds, and a checkpoint holds the whole backbone.
 FROZEN = {"save_every": 2000}
 # A run of a number of steps may be resumed with more, and then equals one of that length.
-STEPS = {"schedule": "constant", "warmup_steps": 0}
+STEPS = {"schedule": "constant", "warmup_steps": 0, "ema": 0.0}
+EPOCHS = {"min_steps": 0}  # a number of epochs that is given is kept
 Preset = Literal["mini", "micro", "uned-s16", "uned-b16", "uned-l16", "uned-b16-clip"]
 Method = Literal["udon", "udon-joint", "usc", "ujc", "teachers", "distill", "backbone"]
 DEMO = ("udon-joint", "usc")  # what `python udon.py train` compares with without other options
@@ -211,6 +214,9 @@ class Config:
     again: much less memory, a third more time."""
     epochs: float = 10.0
     """Training length, in passes over as many images as all domains have (paper section 4)."""
+    min_steps: int = 0
+    """Least training length in steps, which at most doubles the epochs (paper: 0): a small data set
+    gains from more passes. With --epochs it is 0 unless given."""
     steps: int | None = None
     """Training steps, instead of --epochs."""
     head_lr: float = 1e-3
@@ -230,7 +236,8 @@ class Config:
     """Decoupled weight decay of all parameters (official setting)."""
     ema: float = 0.0
     """Decay of a running mean of all weights, such as 0.999, which is validated, tested and kept in
-    best.pt instead of the weights themselves (paper: 0, none)."""
+    best.pt instead of the weights themselves (paper: 0, none); it keeps a run of few steps near the
+    weights that it starts from. With --steps it is 0 unless given."""
     seed: int = 0
     """Seed of initial weights, batches and sampler; vary it to measure a spread."""
     val_every: int | None = None
@@ -295,8 +302,10 @@ class Config:
         check_value("method", method)
         model = TIMM if str(options.get("model")).startswith("timm:") else {}
         frozen = FROZEN if options.get("freeze_backbone") is True else {}
+        epochs = EPOCHS if options.get("epochs") is not None else {}
         steps = STEPS if options.get("steps") is not None else {}
-        for name, value in (overlaid(preset, method) | model | frozen | steps | options).items():
+        values = overlaid(preset, method) | model | frozen | epochs | steps | options
+        for name, value in values.items():
             value = tuple(value) if isinstance(value, list) else value
             check_value(name, value)
             object.__setattr__(self, name, value)

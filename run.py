@@ -70,8 +70,8 @@ class Run:
         """Length of the run; 0 if nothing is trained."""
         if self.config.steps is not None:
             return self.config.steps
-        epochs = self.config.epochs
-        return max(1, int(epochs * self.steps_per_epoch)) if epochs > 0 else 0
+        steps = self.config.epochs * self.steps_per_epoch
+        return max(1, int(steps), min(self.config.min_steps, int(2 * steps))) if steps > 0 else 0
 
     @property
     def frozen_steps(self) -> int:
@@ -191,10 +191,11 @@ def learning_rates(run: Run) -> tuple[float, float]:
 
 
 def update_average(run: Run) -> None:
-    """Moves the running mean of the weights towards those after a step. The decay rises with the
-    steps, so that the mean soon forgets the random heads of the start."""
+    """Moves the running mean of the weights towards those after a step. From random heads the decay
+    rises with the steps, so that the mean soon forgets them."""
     if run.average is not None:
-        decay = min(run.config.ema, run.step / (run.step + 9))
+        is_random = run.config.student_init == "lecun"
+        decay = min(run.config.ema, run.step / (run.step + 9) if is_random else 1.0)
         parameters = list(run.average.parameters()), list(run.model.parameters())
         get_ema_multi_avg_fn(decay)(*parameters, run.step)
 

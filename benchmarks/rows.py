@@ -22,7 +22,8 @@ MAIN_SEEDS, SEEDS, SETTING_SEEDS = 5, 3, 2
 # The defaults and the compact weights of the time; for those of now see benchmarks/defaults.py.
 WEIGHTS = "weights/mini_22_epochs.pt"
 SCHEDULE = (
-    f"--init {WEIGHTS} --batch-size 64 --backbone-lr 3e-4 --schedule constant --warmup-steps 0"
+    f"--init {WEIGHTS} --batch-size 64 --min-steps 0 --backbone-lr 3e-4 --schedule constant "
+    "--warmup-steps 0 --ema 0"
 )
 UDON_JOINT = "--method udon-joint --sampler round_robin"
 START = f"--student-init lecun --frozen-epochs 1 {SCHEDULE}"

@@ -39,7 +39,8 @@ def test_every_row_is_a_valid_configuration(row):
 def test_rows_named_after_methods_are_these_methods():
     for method in set(config.METHODS) - {"distill"}:
         start = {"init": rows.WEIGHTS, "student_init": "lecun", "frozen_epochs": 1.0}
-        start |= {"batch_size": 64, "backbone_lr": 3e-4, "schedule": "constant", "warmup_steps": 0}
+        start |= {"batch_size": 64, "backbone_lr": 3e-4, "schedule": "constant"}
+        start |= {"warmup_steps": 0, "min_steps": 0, "ema": 0}
         sampler = {"sampler": "round_robin"} if method == "udon-joint" else {}
         expected = config.Config(preset="mini", method=method, **start, **sampler)
         assert rows.config_of(method) == expected

@@ -24,12 +24,14 @@ PUBLISHED = {  # paper section 4 and the official configuration
     "head_layers": 1,
     "batch_size": 128,
     "epochs": 10,
+    "min_steps": 0,
     "steps": None,
     "head_lr": 1e-3,
     "backbone_lr": 1e-5,
     "frozen_epochs": 2,
     "schedule": "constant",
     "warmup_steps": 0,
+    "ema": 0,
     "weight_decay": 1e-6,
     "weights": (1, 1, 1, 1),
     "classification": "normface",
@@ -63,6 +65,7 @@ COMPACT = {
     "init": "compact",
     "batch_size": 32,
     "epochs": 6,
+    "min_steps": 1000,
     "period": 100,
     "head_lr": 3e-3,
     "backbone_lr": 6e-4,
@@ -70,6 +73,7 @@ COMPACT = {
     "warmup_steps": 200,
     "frozen_epochs": 0.2,
     "student_init": "pca",
+    "ema": 0.99,
 }
 CHOICES = {  # where the values that an option may take are defined
     "init_activation": model.ACTIVATIONS,
@@ -217,7 +221,8 @@ def test_options_that_are_not_the_models_are_refused(options, words):
 def test_origins_name_what_set_each_difference():
     one = Config(preset="mini", method="ujc", epochs=9, sampler="size", seed=0, out="runs/x")
     found = config.origins(one)
-    compact = {name: value for name, value in COMPACT.items() if name != "epochs"}
+    given = ("epochs", "min_steps")  # which is 0, as published, with a number of epochs
+    compact = {name: value for name, value in COMPACT.items() if name not in given}
     assert found == {
         "preset mini": compact | {"model": "mini"},
         "method ujc": {"weights": (0, 1, 0, 0), "signal": "student", "negatives": "all"},
@@ -396,9 +401,17 @@ def test_the_options_of_a_resumed_run(tmp_path):
         config.configuration({}, resume=True)
 
 
+def test_a_length_that_is_given_is_kept():
+    lengths = [Config(preset="mini", **given) for given in ({}, {"epochs": 6.0}, {"min_steps": 9})]
+    assert [one.epochs for one in lengths] == [6, 6, 6]
+    assert [one.min_steps for one in lengths] == [1000, 0, 9]
+    assert Config(preset="mini", epochs=6.0, min_steps=9).min_steps == 9
+
+
 def test_a_number_of_steps_makes_the_schedule_of_a_preset_constant():
     assert Config(preset="mini").schedule == Config(preset="mini", epochs=2).schedule == "cosine"
-    assert Config(preset="mini", steps=9).schedule == "constant"
+    started = Config(preset="mini", steps=9)
+    assert (started.schedule, started.warmup_steps, started.ema) == ("constant", 0, 0)
     assert Config(preset="mini", steps=9, schedule="cosine").schedule == "cosine"
 
 

@@ -81,6 +81,11 @@ def test_learning_rates(schedule, warmup):
         ({"epochs": 0.5}, 11059),
         ({"epochs": 1e-9}, 1),
         ({"steps": 7}, 7),
+        ({"steps": 7, "min_steps": 9}, 7),
+        ({"min_steps": 221_179}, 221_180),
+        ({"min_steps": 221_182}, 221_182),
+        ({"min_steps": 500_000}, 2 * 221_180),
+        ({"method": "backbone", "min_steps": 9}, 0),
         ({"method": "backbone"}, 0),
     ],
 )

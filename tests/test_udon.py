@@ -467,14 +467,15 @@ def test_inactive_heads(inactive_heads):
     assert error < 2e-6, f"off by {error}"
 
 
-def test_the_running_mean_of_the_weights():
+@pytest.mark.parametrize("start", ["lecun", "pca"])
+def test_the_running_mean_of_the_weights(start):
     model, decay = tiny_model(dtype=torch.float32), 0.5
-    run = run_of(Config(ema=decay, frozen_epochs=0, head_lr=0.1), model)
+    run = run_of(Config(ema=decay, frozen_epochs=0, head_lr=0.1, student_init=start), model)
     run.average = copy.deepcopy(model)
     expected = {name: weight.double() for name, weight in weights_of(model).items()}
     for step, _ in enumerate(range(12), 1):
         udon.training_step(run, endless(["birds", "cars"]))
-        factor = min(decay, step / (step + 9))
+        factor = decay if start == "pca" else min(decay, step / (step + 9))
         for name, weight in weights_of(model).items():
             expected[name] = factor * expected[name] + (1 - factor) * weight.double()
     for name, mean in run.average.named_parameters():
