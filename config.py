@@ -90,8 +90,8 @@ METHODS = {
 MODELS = ("micro", "mini", "s16", "b16", "l16")  # sizes of the ViT
 # A model of timm comes with its weights and image size, unless these are given.
 TIMM = {"init": "timm", "image_size": 0}
-# Steps on features take milliseconds, and a checkpoint holds the whole backbone.
-FROZEN = {"save_every": 2000}
+# Steps on features take milliseconds, and a checkpoint holds the whole backbone, with a mean twice.
+FROZEN = {"save_every": 2000, "ema": 0.0}
 # A run of a number of steps may be resumed with more, and then equals one of that length.
 STEPS = {"schedule": "constant", "warmup_steps": 0, "ema": 0.0}
 EPOCHS = {"min_steps": 0}  # a number of epochs that is given is kept
@@ -237,7 +237,7 @@ class Config:
     ema: float = 0.0
     """Decay of a running mean of all weights, such as 0.999, which is validated, tested and kept in
     best.pt instead of the weights themselves (paper: 0, none); it keeps a run of few steps near the
-    weights that it starts from. With --steps it is 0 unless given."""
+    weights that it starts from. With --steps or --freeze-backbone it is 0 unless given."""
     seed: int = 0
     """Seed of initial weights, batches and sampler; vary it to measure a spread."""
     val_every: int | None = None

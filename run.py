@@ -193,11 +193,14 @@ def learning_rates(run: Run) -> tuple[float, float]:
 def update_average(run: Run) -> None:
     """Moves the running mean of the weights towards those after a step. From random heads the decay
     rises with the steps, so that the mean soon forgets them."""
-    if run.average is not None:
-        is_random = run.config.student_init == "lecun"
-        decay = min(run.config.ema, run.step / (run.step + 9) if is_random else 1.0)
-        parameters = list(run.average.parameters()), list(run.model.parameters())
-        get_ema_multi_avg_fn(decay)(*parameters, run.step)
+    if run.average is None:
+        return
+    decay = run.config.ema
+    if run.config.student_init == "lecun":
+        decay = min(decay, run.step / (run.step + 9))
+    pairs = zip(run.average.parameters(), run.model.parameters())
+    trained = [pair for pair in pairs if pair[1].requires_grad]  # a frozen backbone is its own mean
+    get_ema_multi_avg_fn(decay)(*map(list, zip(*trained)), run.step)
 
 
 @contextlib.contextmanager

@@ -601,6 +601,7 @@ def finish(run: Run, test_sets: dict, metrics: rundir.MetricsLog) -> dict:
         "backbone": run.backbone,
         "method": config.method,
         "val_recall_at_1": run.best["recall_at_1"],
+        "val_mmp_at_5": run.best["mmp_at_5"],
         "parameters": {"trained": trained, "inference": inference_parameters(run)},
         **spent(metrics, test_sets, config.batch_size),
     }

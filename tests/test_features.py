@@ -504,5 +504,6 @@ def test_contradictory_options(options, words):
 
 def test_defaults_of_a_frozen_backbone():
     assert Config(freeze_backbone=True).save_every == 2000
+    assert Config(freeze_backbone=True, preset="mini").ema == 0
     assert Config(freeze_backbone=True, save_every=3).save_every == 3
     assert Config(freeze_backbone=True, views=0).views == 0
