@@ -1,7 +1,8 @@
 """Every option of a training run, with its published default and when to change it.
 Copy with: nothing but the standard library.
 
-    Config(**options)     the values of one run: defaults < preset < method < options
+    Config(**options)     the values of one run: defaults < preset < method < what some options
+                          imply (TIMM, FROZEN, EPOCHS, STEPS) < options
     PRESETS, METHODS      named overlays of the defaults: {name: {option: value}}
     add_options(parser)   adds the options to an argparse parser, in groups
     configuration(given, resume)    the Config of a command line
@@ -90,9 +91,10 @@ METHODS = {
 MODELS = ("micro", "mini", "s16", "b16", "l16")  # sizes of the ViT
 # A model of timm comes with its weights and image size, unless these are given.
 TIMM = {"init": "timm", "image_size": 0}
-# Steps on features take milliseconds, and a checkpoint holds the whole backbone, with a mean twice.
+# Steps on features take milliseconds; checkpoints hold the whole backbone, and with a mean twice.
 FROZEN = {"save_every": 2000, "ema": 0.0}
-# A run of a number of steps may be resumed with more, and then equals one of that length.
+# A run of a number of steps may be resumed with more, and then equals one of that length. It may
+# be short, for a trial: nothing then keeps it near its start.
 STEPS = {"schedule": "constant", "warmup_steps": 0, "ema": 0.0}
 EPOCHS = {"min_steps": 0}  # a number of epochs that is given is kept
 Preset = Literal["mini", "micro", "uned-s16", "uned-b16", "uned-l16", "uned-b16-clip"]
@@ -179,9 +181,9 @@ class Config:
     """Width of the universal embedding (paper section 4)."""
     student_init: Literal["lecun", "pca", "lda"] = "lecun"
     """What heads and classifiers start from: lecun, random numbers (official setting), or pca or
-    lda, the training images as the backbone embeds them. With pca the student head holds the first
-    principal axes, the teacher heads keep the angles between images, and a class starts at the mean
-    of its images. With lda the same holds of whitened embeddings: what varies within classes counts
+    lda, the training images as the backbone embeds them. With pca the heads hold the first
+    principal axes, all of them if a head is wide enough, and a class starts at the mean of its
+    images. With lda the same holds of whitened embeddings: what varies within classes counts
     less. From random heads, a small data set ends below the backbone alone."""
     teacher_dim: int = 256
     """Width of the teacher embeddings (paper section 4)."""
@@ -225,7 +227,8 @@ class Config:
     """Learning rate of the backbone (paper section 4, for public weights); raise it to about 6e-4
     for compact weights and 1e-3 for random ones."""
     frozen_epochs: float = 2.0
-    """Epochs at the start that train the heads alone (paper section 4); 0 with --init scratch."""
+    """Epochs at the start that train the heads alone (paper section 4); set it to 0 with --init
+    scratch."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Schedule of both learning rates (paper: constant). With --steps it is constant unless given,
     so that the run may be resumed with more steps."""
@@ -235,7 +238,7 @@ class Config:
     weight_decay: float = 1e-6
     """Decoupled weight decay of all parameters (official setting)."""
     ema: float = 0.0
-    """Decay of a running mean of all weights, such as 0.999, which is validated, tested and kept in
+    """Decay of a running mean of all weights, such as 0.99, which is validated, tested and kept in
     best.pt instead of the weights themselves (paper: 0, none); it keeps a run of few steps near the
     weights that it starts from. With --steps or --freeze-backbone it is 0 unless given."""
     seed: int = 0

@@ -466,7 +466,9 @@ def open_systems(options: argparse.Namespace) -> list[System]:
 def open_checkpoint(path: str, options: argparse.Namespace, device: str) -> System:
     model, contents = load_checkpoint(path, device)
     embedding = options.embedding or contents["embedding"]
-    index = options.index or ("separate" if embedding == "teacher" else "merged")
+    of_embedding = "separate" if embedding == "teacher" else "merged"
+    own = contents["index"] if embedding == contents["embedding"] else of_embedding
+    index = options.index or own
     if (embedding, index) == ("teacher", "merged"):
         raise data.InputError(
             "--embedding is teacher with --index merged, which would compare the embeddings of "

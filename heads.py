@@ -72,13 +72,13 @@ def start_from_images(
     seed: int = 0,
     start: Literal["pca", "lda"] = "pca",
 ) -> None:
-    """Sets heads and classifiers so that training starts from what the backbone already tells
-    apart, and random gradients do not destroy it.
+    """Sets heads and classifiers from the training images, so that the gradients of random heads do
+    not destroy what the backbone already tells apart.
 
     pca: the student head becomes x -> W (x - mean), with the first principal axes of the backbone's
     embeddings of training images, each domain with the same weight, in the rows of W. A teacher
     head becomes the same for the images of its domain. A head that is wider than the backbone gets
-    a random W with orthonormal columns, which keeps all angles.
+    a random W with orthonormal columns, which keeps the angles of embeddings less their mean.
     lda: the same of embeddings that are whitened first, with the covariance within classes: what
     varies between images of a class counts less, as in linear discriminant analysis.
     Either way, the weights of a class become the embedding of the mean of its images (weight

@@ -5,7 +5,7 @@
     python udon.py train --out runs/real --resume        # continues an interrupted run
 
 A run ends with a table of R@1 and mMP@5 on test classes, beside the backbone as pre-trained:
-`mean   ...   36.79   27.93   31.96   23.42`.
+`mean   ...   82.44   68.56   34.04   22.28`.
 
     compute_losses(model, images, labels, domain)   the method for one batch -> Losses
     training_step(run, batches)                     one step of Figure 2
@@ -84,8 +84,8 @@ class Losses(NamedTuple):
     relational_distillation: torch.Tensor | None
 
 
-# Which loss trains what (paper section 3). All columns belong to the batch's domain. Heads and
-# classifiers of other domains receive no gradient, except their student classifiers from
+# Which loss trains what (paper section 3). Classifiers and teacher head are those of the batch's
+# domain. Those of other domains receive no gradient, except their student classifiers from
 # student_classification where the negatives are those of all domains.
 #
 #                             backbone  student   student     teacher  teacher
@@ -164,8 +164,8 @@ class Batch(NamedTuple):
 
     labels: torch.Tensor  # (B,)
     student: torch.Tensor  # (B, S), trains the backbone, too
-    distilled: torch.Tensor  # (B, S), equal to it, for the distillation losses
-    teacher: torch.Tensor | None  # (B, T), which is distilled from
+    distilled: torch.Tensor  # (B, S), the same values, for the distillation losses
+    teacher: torch.Tensor | None  # (B, T), the target of distillation
     own: nn.Module  # the student's classifier of the domain
     others: list[nn.Module]  # those of other domains, if their classes are negatives, too
     teacher_classifier: nn.Module | None
@@ -281,8 +281,9 @@ def losses_and_gradients(run, images, labels, domain) -> Losses:
     """The losses of a batch, and the gradients of their total.
 
     The images are this process's share of the batch. With --accumulate they are taken in pieces, so
-    that the activations of one piece at a time are in memory. Losses and gradients are those of the
-    whole batch in both cases: the relational loss, over all pairs, gets the embeddings of all.
+    that the activations of one piece at a time are in memory. The gradients are those of the whole
+    batch in both cases: the relational loss, over all pairs, gets the embeddings of all. The losses
+    are this process's part of them.
     """
     config = run.config
     count = len(labels) if distributed.size() == 1 else config.batch_size
@@ -483,7 +484,8 @@ def open_stream(run, batches) -> Iterator:
     """The batches of all steps to come."""
     workers = 0 if batches.in_memory else run.config.workers
     if not run.config.freeze_backbone:
-        print(f"training images decoded {f'by {workers} processes' if workers else 'in memory'}")
+        how = f"by {workers} processes" if workers else "once and kept in memory"
+        print(f"training images decoded {how}")
     return data.stream(batches, run.sampler, run.step, run.steps, workers)
 
 
@@ -533,9 +535,9 @@ def logged_step(run, stream, metrics) -> tuple[str, Losses, float, float]:
     rates = dict(zip(("backbone_lr", "head_lr"), learning_rates(run)))
     domain, losses, waited = training_step(run, stream)
     seconds = time.perf_counter() - started
-    spent = {"seconds": seconds, "cpu_seconds": time.process_time() - cpu_started}
+    times = {"seconds": seconds, "cpu_seconds": time.process_time() - cpu_started}
     values = {name: value for name, value in losses._asdict().items() if value is not None}
-    metrics.write({"step": run.step, "domain": domain, **values, **rates, **spent})
+    metrics.write({"step": run.step, "domain": domain, **values, **rates, **times})
     return domain, losses, seconds, waited
 
 

@@ -5,7 +5,8 @@
 
 Each data set is trained with every method and several seeds, all else by default, on one thread.
 `start` is the student before its first step: 64 principal axes of the backbone's embeddings of the
-training images. -lda: axes of embeddings that are whitened first; -rr: domains in turn; -size:
+training images. -plain: six epochs, however few images there are, and the last weights instead of
+their running mean; -lda: axes of embeddings that are whitened first; -rr: domains in turn; -size:
 domains in proportion to their images. `distill-8` is distilled from a separate teacher for each
 domain, and its time includes theirs; `distill-8-joint` has the negatives and the margin of
 udon-joint, too. Every student is tested on its own domains, and on those of --unseen. The result is
@@ -29,28 +30,39 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, RUNS = ROOT / "results" / "defaults", ROOT / "runs" / "defaults"
 STILL = "--method usc --steps 1 --head-lr 1e-30"  # a step that changes nothing
 DISTILL = "--method distill --distill-into-backbone"
-TEACHER = "--method usc --student-dim 256"  # of one domain
+TEACHER = "--method usc --student-dim 256 --epochs 6"  # of one domain; all see as many images
+PLAIN = "--epochs 6 --ema 0"  # the defaults of 2026-11-29
 METHODS = {
     "udon-joint": "--method udon-joint",
-    "udon-joint-rr": "--method udon-joint --sampler round_robin",
     "ujc": "--method ujc",
-    "ujc-size": "--method ujc --sampler size",
     "udon": "--method udon",
     "usc": "--method usc",
     "distill-8": DISTILL,
     "distill-8-joint": f"{DISTILL} --negatives all --domain-margin 0.2",
-    "udon-joint-lda": "--method udon-joint --student-init lda",
+    "udon-joint-plain": f"--method udon-joint {PLAIN}",
+    "udon-joint-plain-rr": f"--method udon-joint {PLAIN} --sampler round_robin",
+    "udon-joint-plain-lda": f"--method udon-joint {PLAIN} --student-init lda",
+    "ujc-plain": f"--method ujc {PLAIN}",
+    "ujc-plain-size": f"--method ujc {PLAIN} --sampler size",
+    "udon-plain": f"--method udon {PLAIN}",
+    "usc-plain": f"--method usc {PLAIN}",
     "start": STILL,
     "start-lda": f"{STILL} --student-init lda",
 }
 PAIRS = (
-    ("udon-joint", "udon-joint-rr"),
+    ("udon-joint", "udon-joint-plain"),
+    ("ujc", "ujc-plain"),
+    ("udon", "udon-plain"),
+    ("usc", "usc-plain"),
     ("udon-joint", "ujc"),
-    ("udon-joint", "ujc-size"),
-    ("udon-joint", "distill-8"),
-    ("udon-joint", "distill-8-joint"),
-    ("udon-joint-lda", "udon-joint"),
     ("udon", "usc"),
+    ("udon-joint-plain", "distill-8"),
+    ("udon-joint-plain", "distill-8-joint"),
+    ("udon-joint-plain", "udon-joint-plain-rr"),
+    ("udon-joint-plain", "ujc-plain"),
+    ("udon-joint-plain", "ujc-plain-size"),
+    ("udon-joint-plain-lda", "udon-joint-plain"),
+    ("udon-plain", "usc-plain"),
 )
 
 # Runs ---------------------------------------------------------------------------------------------
