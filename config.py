@@ -303,12 +303,7 @@ class Config:
         preset, method = options.get("preset"), options.get("method", "udon")
         check_value("preset", preset)
         check_value("method", method)
-        model = TIMM if str(options.get("model")).startswith("timm:") else {}
-        frozen = FROZEN if options.get("freeze_backbone") is True else {}
-        epochs = EPOCHS if options.get("epochs") is not None else {}
-        steps = STEPS if options.get("steps") is not None else {}
-        values = overlaid(preset, method) | model | frozen | epochs | steps | options
-        for name, value in values.items():
+        for name, value in (overlaid(preset, method) | implied(options) | options).items():
             value = tuple(value) if isinstance(value, list) else value
             check_value(name, value)
             object.__setattr__(self, name, value)
@@ -336,6 +331,15 @@ def overlaid(preset: str | None, method: str) -> dict:
     """All values of a preset and a method, without any option."""
     names = {"preset": preset, "method": method}
     return DEFAULTS | PRESETS.get(preset, {}) | METHODS[method] | names
+
+
+def implied(options: dict) -> dict:
+    """The values that some of the options bring with them."""
+    model = TIMM if str(options.get("model")).startswith("timm:") else {}
+    frozen = FROZEN if options.get("freeze_backbone") is True else {}
+    epochs = EPOCHS if options.get("epochs") is not None else {}
+    steps = STEPS if options.get("steps") is not None else {}
+    return model | frozen | epochs | steps
 
 
 def check_value(name, value):
@@ -460,7 +464,13 @@ def check_features(config):
 
 
 def check_head(config):
-    """Raises ConfigError for heads that the axes of embeddings cannot fill."""
+    """Raises ConfigError for heads that the axes of embeddings cannot fill, and for a mean that
+    would stay at these axes."""
+    require(
+        config.ema < 1 or config.student_init == "lecun",
+        f"--ema is 1 with --student-init {config.student_init}, so that the mean stays at the "
+        "start: use a value below 1, such as 0.99",
+    )
     require(
         config.student_init == "lecun" or config.head_layers == 1,
         f"--student-init is {config.student_init} with --head-layers {config.head_layers}, and it "
@@ -547,9 +557,12 @@ def with_method(config: Config, method: str, out: Path) -> Config:
 
 
 def options_of(config: Config) -> dict:
-    """The values of a configuration that differ from those of its preset and method."""
+    """The values of a configuration that differ from those of its preset and method, and from those
+    that such values imply."""
     base = overlaid(config.preset, config.method)
-    return {name: getattr(config, name) for name in DEFAULTS if getattr(config, name) != base[name]}
+    changed = {name: value for name, value in vars(config).items() if value != base[name]}
+    implied_base = base | implied(changed)
+    return {name: value for name, value in vars(config).items() if value != implied_base[name]}
 
 
 PLACES = (
@@ -666,7 +679,7 @@ def configuration(given: dict, resume: bool, started: Config | None = None) -> C
     if not resume:
         base = {"preset": "mini", "compare": () if given.keys() & {"data", "method"} else DEMO}
         if other is not None:
-            started = read(Path(other), "give the config.json of a run")
+            started = read(Path(other), "give the config.json of a run of this version")
             base = options_of(started) | {"preset": started.preset, "method": started.method}
             base.pop("out", None)
         place = {"data": os.path.abspath(given["data"])} if given.get("data") else {}

@@ -191,16 +191,19 @@ def learning_rates(run: Run) -> tuple[float, float]:
 
 
 def update_average(run: Run) -> None:
-    """Moves the running mean of the weights towards those after a step. From random heads the decay
-    rises with the steps, so that the mean soon forgets them."""
+    """Moves the running mean of the weights towards those after a step. From random weights the
+    decay rises with the steps, so that the mean soon forgets them. Buffers, such as the statistics
+    of BatchNorm, are copied."""
     if run.average is None:
         return
     decay = run.config.ema
-    if run.config.student_init == "lecun":
+    if run.config.student_init == "lecun" or run.config.init == "scratch":
         decay = min(decay, run.step / (run.step + 9))
     pairs = zip(run.average.parameters(), run.model.parameters())
     trained = [pair for pair in pairs if pair[1].requires_grad]  # a frozen backbone is its own mean
     get_ema_multi_avg_fn(decay)(*map(list, zip(*trained)), run.step)
+    for mean, buffer in zip(run.average.buffers(), run.model.buffers()):
+        mean.copy_(buffer)
 
 
 @contextlib.contextmanager
@@ -393,6 +396,17 @@ def load_teachers(config, classes, image_size, preprocessing, device) -> FrozenT
     return FrozenTeachers(models, sources)
 
 
+def copy_of(model: UDON) -> UDON:
+    """A copy in evaluation mode. Raises ConfigError for a backbone that cannot be copied."""
+    try:
+        return copy.deepcopy(model).eval()
+    except Exception as error:  # whatever the copying of an object of the user's raises
+        raise ConfigError(
+            f"--ema needs a copy of the model, but the backbone cannot be copied ({error}): give "
+            "--ema 0"
+        ) from None
+
+
 def build_optimizer(model: UDON, config: Config) -> torch.optim.AdamW:
     """AdamW with two groups, the backbone and the heads; every parameter is in exactly one."""
     backbone = list(model.backbone.parameters())
@@ -515,7 +529,7 @@ def build_run(
                 "start a new run"
             )
     model.to(device)
-    average = copy.deepcopy(model).eval() if config.ema else None
+    average = copy_of(model) if config.ema and any(config.weights) else None
     prepare_backbone(model, config, device)
     teachers = None
     if config.teachers is not None:

@@ -241,6 +241,7 @@ WRONG = [
     ({"preset": "nano"}, "--preset is nano: it must be one of mini, micro"),
     ({"method": "kd"}, "--method is kd: it must be one of udon, udon-joint"),
     ({"method": None}, "--method is not given"),
+    ({"preset": "mini", "ema": 1.0}, "--ema is 1 with --student-init pca, so that the mean stays"),
     ({"model": "b/16"}, "--model is b/16: it must be one of micro"),
     ({"compare": ("kd",)}, "--compare is kd: it must be any number of one of udon"),
     ({"steps": 2.5}, "--steps is 2.5: it must be a whole number or left out"),
@@ -385,6 +386,36 @@ def test_a_compared_method_does_not_take_over_the_first_ones_overlay(tmp_path):
     first = Config(preset="micro", method="udon-joint", compare=("udon",), batch_size=8)
     expected = Config(preset="micro", method="udon", batch_size=8, out=str(tmp_path))
     assert config.with_method(first, "udon", tmp_path) == expected
+
+
+RULES = {  # options that imply others, and what they imply
+    "epochs": (None, 6.0, 9.0),
+    "steps": (None, 5),
+    "freeze_backbone": (None, True),
+    "min_steps": (None, 0, 1000),
+    "ema": (None, 0.0, 0.99),
+    "schedule": (None, "constant", "cosine"),
+    "warmup_steps": (None, 0, 200),
+    "save_every": (None, 200, 2000),
+}
+
+
+@given(st.fixed_dictionaries({name: st.sampled_from(values) for name, values in RULES.items()}))
+def test_a_configuration_is_its_options(options):
+    """So that a compared run, and one from a config.json, has the options of the first."""
+    options = {name: value for name, value in options.items() if value is not None}
+    for place in ({"preset": "mini"}, {"preset": None, "method": "usc"}):
+        one = Config(**options | place)
+        found = config.options_of(one)
+        assert Config(**found | place) == one
+        assert found.items() <= options.items() | {("min_steps", 0), ("ema", 0.0)}
+
+
+def test_a_configuration_has_no_options_that_others_imply():
+    assert config.options_of(Config(preset="mini", freeze_backbone=True)) == {
+        "freeze_backbone": True
+    }
+    assert config.options_of(Config(preset="mini", steps=5)) == {"steps": 5}
 
 
 def test_the_options_of_a_resumed_run(tmp_path):

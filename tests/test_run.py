@@ -3,6 +3,7 @@
 import itertools
 import math
 import platform
+import threading
 
 import pytest
 import torch
@@ -338,6 +339,24 @@ def test_the_sampler_needs_a_period_of_at_least_the_domains(uned, monkeypatch):
         run.build_run(config, splits)
     one = run.build_run(Config(**SMALL, out="x", device="cpu", batch_size=4), splits)
     assert one.steps_per_epoch == 10 and one.model.student_classifiers.keys() == {"birds", "cars"}
+
+
+def test_a_running_mean_needs_a_backbone_that_can_be_copied(uned):
+    benchmark = data.Benchmark(uned)
+    splits = {domain: benchmark.split(domain, "train") for domain in benchmark.domains}
+    own = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 8))
+    own.width, own.lock = 8, threading.Lock()
+    options = dict(image_size=32, device="cpu", out="x", student_init="lecun")
+    with pytest.raises(ConfigError, match="--ema needs a copy .* give --ema 0"):
+        run.build_run(Config(**options, ema=0.9), splits, backbone=own)
+    assert run.build_run(Config(**options), splits, backbone=own).average is None
+
+
+def test_without_training_there_is_no_running_mean(uned):
+    benchmark = data.Benchmark(uned)
+    splits = {domain: benchmark.split(domain, "train") for domain in benchmark.domains}
+    config = Config(preset="micro", method="backbone", device="cpu", out="x")
+    assert run.build_run(config, splits).average is None
 
 
 # Memory -------------------------------------------------------------------------------------------

@@ -467,20 +467,25 @@ def test_inactive_heads(inactive_heads):
     assert error < 2e-6, f"off by {error}"
 
 
-@pytest.mark.parametrize("start", ["lecun", "pca"])
-def test_the_running_mean_of_the_weights(start):
+@pytest.mark.parametrize("init, start", [("file", "lecun"), ("scratch", "pca"), ("file", "pca")])
+def test_the_running_mean_of_the_weights(init, start):
     model, decay = tiny_model(dtype=torch.float32), 0.5
-    run = run_of(Config(ema=decay, frozen_epochs=0.5, head_lr=0.1, student_init=start), model)
+    options = dict(ema=decay, frozen_epochs=0.5, head_lr=0.1, init=init, student_init=start)
+    run = run_of(Config(**options), model)
+    model.backbone.register_buffer("statistics", torch.zeros(3))
     run.average = copy.deepcopy(model)
     expected = {name: weight.double() for name, weight in weights_of(model).items()}
     for step, _ in enumerate(range(12), 1):
+        model.backbone.statistics += 1
         udon.training_step(run, endless(["birds", "cars"]))
-        factor = decay if start == "pca" else min(decay, step / (step + 9))
+        is_random = init == "scratch" or start == "lecun"
+        factor = min(decay, step / (step + 9)) if is_random else decay
         for name, weight in weights_of(model).items():
             expected[name] = factor * expected[name] + (1 - factor) * weight.double()
     for name, mean in run.average.named_parameters():
         torch.testing.assert_close(mean.double(), expected[name], rtol=1e-5, atol=1e-7)
         assert torch.equal(mean, run.evaluated.get_parameter(name))
+    assert torch.equal(run.average.backbone.statistics, torch.full((3,), 12.0))
     assert not torch.equal(run.average.student_head.weight, model.student_head.weight)
 
 
