@@ -112,6 +112,13 @@ def test_embeddings_and_indexes(best, uned, capsys, embedding, index):
     assert f"{embedding} embedding" in capsys.readouterr().out
 
 
+def test_evaluation_uses_the_index_of_the_run(uned, tmp_path):
+    train("--data", uned, "--out", tmp_path / "run", *QUICK, "--index", "separate")
+    again = evaluated(tmp_path / "run" / "best.pt")
+    expected = json.loads((tmp_path / "run" / "test.json").read_text(encoding="utf-8"))
+    assert again["index"] == "separate" and again["mean"] == expected["mean"]
+
+
 def test_evaluation_uses_the_embedding_and_index_of_the_method(uned, tmp_path):
     train("--data", uned, "--out", tmp_path / "run", *QUICK, "--method", "teachers")
     result = evaluated(tmp_path / "run" / "best.pt")
