@@ -681,7 +681,8 @@ def configuration(given: dict, resume: bool, started: Config | None = None) -> C
         if other is not None:
             started = read(Path(other), "give the config.json of a run of this version")
             base = options_of(started) | {"preset": started.preset, "method": started.method}
-            base.pop("out", None)
+            for name in ("out", *(("steps",) if "epochs" in given else ())):
+                base.pop(name, None)
         place = {"data": os.path.abspath(given["data"])} if given.get("data") else {}
         return Config(**base | given | place)
     if other is not None:

@@ -623,8 +623,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument(
         "--index",
         choices=("merged", "separate"),
-        help="search the images of all domains, or of the query's domain alone (default: merged; "
-        "for teachers: separate)",
+        help="search the images of all domains, or of the query's domain alone (default: as the "
+        "run did; another embedding: merged, for teachers separate)",
     )
     parser.add_argument(
         "--embedding",

@@ -492,6 +492,9 @@ def test_the_options_of_another_run(tmp_path):
     given = {"config": str(path), "method": "udon-joint", "seed": 5}
     expected = Config(preset="micro", method="udon-joint", seed=5, head_lr=0.5)
     assert config.configuration(given, resume=False) == expected
+    path.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(first, steps=7))))
+    assert config.configuration({"config": str(path)}, resume=False).steps == 7
+    assert config.configuration({"config": str(path), "epochs": 2.0}, resume=False).steps is None
     with pytest.raises(ConfigError, match="--config is given with --resume"):
         config.configuration(given | {"out": "runs/first"}, resume=True)
     path.write_text("[]")
