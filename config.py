@@ -565,7 +565,7 @@ def options_of(config: Config) -> dict:
     return {name: value for name, value in vars(config).items() if value != implied_base[name]}
 
 
-PLACES = (
+PLACES = (  # options that `origins` leaves out
     *("data", "domains", "out", "workers", "device", "preset", "method", "compare"),
     "on_bad_image",
 )

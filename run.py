@@ -410,10 +410,10 @@ def copy_of(model: UDON) -> UDON:
 def build_optimizer(model: UDON, config: Config) -> torch.optim.AdamW:
     """AdamW with two groups, the backbone and the heads; every parameter is in exactly one."""
     backbone = list(model.backbone.parameters())
-    heads = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
-    assert len(backbone) + len(heads) == len(set(model.parameters()))
+    others = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
+    assert len(backbone) + len(others) == len(set(model.parameters()))
     return torch.optim.AdamW(
-        [{"params": backbone}, {"params": heads}],
+        [{"params": backbone}, {"params": others}],
         lr=config.head_lr,
         betas=(0.9, 0.999),
         eps=1e-8,
