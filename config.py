@@ -91,10 +91,11 @@ METHODS = {
 MODELS = ("micro", "mini", "s16", "b16", "l16")  # sizes of the ViT
 # A model of timm comes with its weights and image size, unless these are given.
 TIMM = {"init": "timm", "image_size": 0}
-# Steps on features take milliseconds; checkpoints hold the whole backbone, and with a mean twice.
+# Steps on features take milliseconds: checkpoints, which hold the whole backbone, would take most
+# of the time. With a running mean they would hold it twice.
 FROZEN = {"save_every": 2000, "ema": 0.0}
-# A run of a number of steps may be resumed with more, and then equals one of that length. It may
-# be short, for a trial: nothing then keeps it near its start.
+# A run of a number of steps may be resumed with more, and then equals one of that length. Warm-up
+# and a running mean would keep a short trial near its start.
 STEPS = {"schedule": "constant", "warmup_steps": 0, "ema": 0.0}
 EPOCHS = {"min_steps": 0}  # a number of epochs that is given is kept
 Preset = Literal["mini", "micro", "uned-s16", "uned-b16", "uned-l16", "uned-b16-clip"]
@@ -561,8 +562,8 @@ def options_of(config: Config) -> dict:
     that such values imply."""
     base = overlaid(config.preset, config.method)
     changed = {name: value for name, value in vars(config).items() if value != base[name]}
-    implied_base = base | implied(changed)
-    return {name: value for name, value in vars(config).items() if value != implied_base[name]}
+    base |= implied(changed)
+    return {name: value for name, value in vars(config).items() if value != base[name]}
 
 
 PLACES = (  # options that `origins` leaves out
@@ -681,8 +682,9 @@ def configuration(given: dict, resume: bool, started: Config | None = None) -> C
         if other is not None:
             started = read(Path(other), "give the config.json of a run of this version")
             base = options_of(started) | {"preset": started.preset, "method": started.method}
-            for name in ("out", *(("steps",) if "epochs" in given else ())):
-                base.pop(name, None)
+            base.pop("out", None)
+            if "epochs" in given:
+                base.pop("steps", None)  # which would come before them
         place = {"data": os.path.abspath(given["data"])} if given.get("data") else {}
         return Config(**base | given | place)
     if other is not None:

@@ -466,9 +466,8 @@ def open_systems(options: argparse.Namespace) -> list[System]:
 def open_checkpoint(path: str, options: argparse.Namespace, device: str) -> System:
     model, contents = load_checkpoint(path, device)
     embedding = options.embedding or contents["embedding"]
-    of_embedding = "separate" if embedding == "teacher" else "merged"
-    own = contents["index"] if embedding == contents["embedding"] else of_embedding
-    index = options.index or own
+    usual = "separate" if embedding == "teacher" else "merged"
+    index = options.index or (contents["index"] if embedding == contents["embedding"] else usual)
     if (embedding, index) == ("teacher", "merged"):
         raise data.InputError(
             "--embedding is teacher with --index merged, which would compare the embeddings of "

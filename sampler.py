@@ -8,10 +8,10 @@
         .state_dict(), .load_state_dict(state)
 
 Steps are grouped into periods. Within a period every domain gets an exact quota of batches, weight
-x period rounded by largest remainder, in an order set by the seed and the index of the period, or
-in turn with round_robin. The dynamic strategy starts with a period of that. From then on, a
-domain's weight is its mean teacher classification loss over the previous period divided by the sum
-over all domains, so that domains that are learned more slowly get more batches.
+x period rounded by largest remainder, in an order set by the seed and the index of the period.
+With round_robin, and in the first period of the dynamic strategy, the domains take turns. From then
+on, a domain's weight is its mean teacher classification loss over the previous period divided by
+the sum over all domains, so that domains that are learned more slowly get more batches.
 Copy with: numpy.
 """
 

@@ -283,7 +283,7 @@ def losses_and_gradients(run, images, labels, domain) -> Losses:
     The images are this process's share of the batch. With --accumulate they are taken in pieces, so
     that the activations of one piece at a time are in memory. The gradients are those of the whole
     batch in both cases: the relational loss, over all pairs, gets the embeddings of all. The losses
-    are this process's part of them.
+    that are returned are this process's share of those of the whole batch.
     """
     config = run.config
     count = len(labels) if distributed.size() == 1 else config.batch_size
