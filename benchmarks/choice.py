@@ -4,8 +4,8 @@
     python -m benchmarks.choice --table results/README.md    writes the table, trains nothing
 
 Every second domain of a data directory, in the order of their names, makes one half; the others
-make the other half. Each half is trained with each setting, all else as the defaults were before
-(rows.SCHEDULE), on one thread. The setting with the best validation of one half is then judged by
+make the other half. Each half is trained with each setting on one thread, all else as the defaults
+were (rows.SCHEDULE) or are now. The setting with the best validation of one half is then judged by
 the test of the other half, so that no setting is tuned to the domains that it is tested on. The
 result is results/choice/<half>/<setting>/seed<N>.json.
 """
@@ -26,14 +26,32 @@ from evaluate import METRICS
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, RUNS = ROOT / "results" / "choice", ROOT / "runs" / "choice"
 HALVES = ("first", "second")
+# {base: its options, {setting: what it changes}}; the settings of one base are compared
+BASES = {
+    "before": (
+        f"{UDON_JOINT} {SCHEDULE} --student-init pca",
+        {
+            "batch-32": "--batch-size 32",
+            "batch-32-area": "--batch-size 32 --min-area 0.4",
+            "batch-32-cosine": "--batch-size 32 --backbone-lr 6e-4 --schedule cosine",
+            "area": "--min-area 0.3",
+            "fast-heads": "--head-lr 1e-2",
+            "teacher-512": "--teacher-dim 512",
+        },
+    ),
+    "now": (
+        "--method udon-joint",
+        {
+            "round-robin": "--sampler round_robin",
+            "size": "--sampler size",
+            "lda": "--student-init lda",
+        },
+    ),
+}
 SETTINGS = {
-    "before": "",
-    "batch-32": "--batch-size 32",
-    "batch-32-area": "--batch-size 32 --min-area 0.4",
-    "batch-32-cosine": "--batch-size 32 --backbone-lr 6e-4 --schedule cosine",
-    "area": "--min-area 0.3",
-    "fast-heads": "--head-lr 1e-2",
-    "teacher-512": "--teacher-dim 512",
+    name: f"{options} {change}".rstrip()
+    for base, (options, changes) in BASES.items()
+    for name, change in ({base: ""} | changes).items()
 }
 
 # Runs ---------------------------------------------------------------------------------------------
@@ -48,8 +66,7 @@ def halves(root: Path) -> dict[str, tuple[str, ...]]:
 
 
 def train(root: Path, half: str, setting: str, seed: int, results: Path, runs: Path) -> None:
-    words = f"--domains {shlex.join(halves(root)[half])} {UDON_JOINT} {SCHEDULE}"
-    words = f"{words} --student-init pca {SETTINGS[setting]} --seed {seed}"
+    words = f"--domains {shlex.join(halves(root)[half])} {SETTINGS[setting]} --seed {seed}"
     about = {"half": half, "setting": setting, "seed": seed}
     start.record(Path(half, setting, f"seed{seed}"), root, words, about, results, runs)
 
@@ -72,55 +89,64 @@ def validation(result: dict) -> float:
 
 
 def table(found: dict[str, tables.Results]) -> str:
-    """One row per setting: what it changes on both halves; then what choosing by one half does on
-    the other."""
-    heading, lines = ["setting", "n"], []
-    for half in HALVES:
-        heading += [f"{half} half: val R@1", *(f"test {tables.NAMES[name]}" for name in METRICS)]
-    heading.append("CPU time")
-    for setting, options in SETTINGS.items():
-        if all(setting in found[half] for half in HALVES):
-            lines.append(line(found, setting, options))
+    """For each base a row per setting: what it changes on both halves; then what choosing by one
+    half does on the other."""
     names = ", ".join(
         f"the {half}: {', '.join(tables.first(tables.first(results))['domains'])}"
         for half, results in found.items()
         if results
     )
-    sentences = "\n".join(outcome(found, *pair) for pair in (HALVES, HALVES[::-1]))
-    return f"Halves: {names}.\n\n{tables.markdown(heading, lines)}\n\n{sentences}\n"
+    parts = [f"Halves: {names}."]
+    for base, (_, changes) in BASES.items():
+        if all(base in found[half] for half in HALVES):
+            parts += compared(found, base, {base: ""} | changes)
+    return "\n\n".join(parts) + "\n"
 
 
-def line(found, setting: str, options: str) -> list[str]:
-    cells, seconds = [f"`{options}`" if options else "as before", ""], []
+def compared(found: dict[str, tables.Results], base: str, changes: dict[str, str]) -> list[str]:
+    """The table of one base, and the outcomes of choosing."""
+    heading = ["setting", "n"]
+    for half in HALVES:
+        heading += [f"{half} half: val R@1", *(f"test {tables.NAMES[name]}" for name in METRICS)]
+    heading.append("CPU time")
+    changes = {name: changes[name] for name in changes if all(name in found[h] for h in HALVES)}
+    lines = [line(found, base, setting, change) for setting, change in changes.items()]
+    pairs = HALVES, HALVES[::-1]
+    outcomes = "\n".join(outcome(found, base, changes, *pair) for pair in pairs)
+    return [tables.markdown(heading, lines), outcomes]
+
+
+def named(base: str, change: str) -> str:
+    return f"`{change}`" if change else f"as {base}"
+
+
+def line(found, base: str, setting: str, change: str) -> list[str]:
+    cells, seconds = [named(base, change), ""], []
     for half in HALVES:
         results = found[half]
         runs = results[setting].values()
         cells[1] = str(len(runs))
-        if setting == "before":
+        if setting == base:
             cells.append(tables.mean_interval(map(validation, runs)))
             cells += tables.metric_cells(results[setting])
         else:
-            cells.append(tables.difference(results, setting, "before", validation))
-            cells += tables.difference_cells(results, setting, "before")
+            cells.append(tables.difference(results, setting, base, validation))
+            cells += tables.difference_cells(results, setting, base)
         seconds += [statistics.fmean(run["cpu_seconds"] for run in runs)]
-        seconds[-1] /= statistics.fmean(r["cpu_seconds"] for r in results["before"].values())
+        seconds[-1] /= statistics.fmean(r["cpu_seconds"] for r in results[base].values())
     return [*cells, f"{statistics.fmean(seconds):.2f}"]
 
 
-def outcome(found: dict[str, tables.Results], half: str, other: str) -> str:
+def outcome(found, base: str, changes: dict[str, str], half: str, other: str) -> str:
     """What the setting that validation on `half` chooses does on the other half."""
-    results = found[half]
-    if not results.keys() & found[other].keys():
-        return ""
     means = {
-        name: statistics.fmean(map(validation, runs.values())) for name, runs in results.items()
+        name: statistics.fmean(map(validation, found[half][name].values())) for name in changes
     }
     best = max(means, key=means.get)
-    name = f"`{SETTINGS[best]}`" if SETTINGS[best] else "as before"
-    text = f"- Chosen on the {half} half: {name}. On the {other} half"
-    if best == "before" or best not in found[other]:
+    text = f"- Chosen on the {half} half: {named(base, changes[best])}. On the {other} half"
+    if best == base:
         return f"{text} nothing changes."
-    gains = tables.difference_cells(found[other], best, "before")
+    gains = tables.difference_cells(found[other], best, base)
     pairs = (f"{tables.NAMES[name]} {gain}" for name, gain in zip(METRICS, gains))
     return f"{text} it changes {' and '.join(pairs)}."
 

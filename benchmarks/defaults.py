@@ -7,7 +7,8 @@ Each data set is trained with every method and several seeds, all else by defaul
 `start` is the student before its first step: 64 principal axes of the backbone's embeddings of the
 training images. -plain: six epochs, however few images there are, and the last weights instead of
 their running mean; -lda: axes of embeddings that are whitened first; -rr: domains in turn; -size:
-domains in proportion to their images. `distill-8` is distilled from a separate teacher for each
+domains in proportion to their images; -no-distillation: teachers train the backbone alone;
+-student-3: the student's classification loss has three times the weight. `distill-8` is distilled from a separate teacher for each
 domain, and its time includes theirs; `distill-8-joint` has the negatives and the margin of
 udon-joint, too. Every student is tested on its own domains, and on those of --unseen. The result is
 results/defaults/<data set>/<method>/seed<N>.json; an interrupted run is resumed from its checkpoint
@@ -35,7 +36,11 @@ PLAIN = "--epochs 6 --ema 0"  # the defaults of 2026-11-29
 METHODS = {
     "udon-joint": "--method udon-joint",
     "ujc": "--method ujc",
+    "ujc-size": "--method ujc --sampler size",
     "udon": "--method udon",
+    "udon-rr": "--method udon --sampler round_robin",
+    "udon-rr-no-distillation": "--method udon --sampler round_robin --weights 1 1 0 0",
+    "udon-rr-student-3": "--method udon --sampler round_robin --weights 1 3 1 1",
     "usc": "--method usc",
     "distill-8": DISTILL,
     "distill-8-joint": f"{DISTILL} --negatives all --domain-margin 0.2",
@@ -55,7 +60,12 @@ PAIRS = (
     ("udon", "udon-plain"),
     ("usc", "usc-plain"),
     ("udon-joint", "ujc"),
+    ("udon-joint", "ujc-size"),
     ("udon", "usc"),
+    ("udon", "udon-rr"),
+    ("udon-rr", "udon-rr-no-distillation"),
+    ("udon-rr", "udon-rr-student-3"),
+    ("udon-rr-no-distillation", "usc"),
     ("udon-joint-plain", "distill-8"),
     ("udon-joint-plain", "distill-8-joint"),
     ("udon-joint-plain", "udon-joint-plain-rr"),
