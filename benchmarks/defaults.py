@@ -7,10 +7,11 @@ Each data set is trained with every method and several seeds, all else by defaul
 `start` is the student before its first step: 64 principal axes of the backbone's embeddings of the
 training images. -plain: six epochs, however few images there are, and the last weights instead of
 their running mean; -lda: axes of embeddings that are whitened first; -rr: domains in turn; -size:
-domains in proportion to their images; -no-distillation: teachers train the backbone alone;
--student-3: the student's classification loss has three times the weight. `distill-8` is distilled from a separate teacher for each
-domain, and its time includes theirs; `distill-8-joint` has the negatives and the margin of
-udon-joint, too. Every student is tested on its own domains, and on those of --unseen. The result is
+domains in proportion to their images; -no-distillation: without the distillation losses, so that
+teachers reach the student through the backbone alone; -student-3: three times the weight for the
+student's classification loss. `distill-8` is distilled from a separate teacher for each domain, and
+its time includes theirs; `distill-8-joint` has the negatives and the margin of udon-joint, too.
+Every student is tested on its own domains, and on those of --unseen. The result is
 results/defaults/<data set>/<method>/seed<N>.json; an interrupted run is resumed from its checkpoint
 in runs/defaults/.
 """
