@@ -44,7 +44,6 @@ BASES = {
         {
             "round-robin": "--sampler round_robin",
             "size": "--sampler size",
-            "lda": "--student-init lda",
         },
     ),
 }
