@@ -51,40 +51,6 @@ def squares(rows):
 
 
 @triton.jit
-def cosines(
-    queries,
-    q,  # (BQ,) the rows
-    known,  # (BQ,) whether there are such rows
-    q_stride,
-    q_step,
-    first,  # (BQ, BD) their first tile
-    index,
-    g,  # (BG,)
-    inside,  # (BG,)
-    g_stride,
-    g_step,
-    D: tl.constexpr,
-    BQ: tl.constexpr,
-    BG: tl.constexpr,
-    BD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """(BQ, BG): cosines times the norm of the query, which does not affect the order."""
-    if D <= BD:
-        b = tile(index, g, inside, 0, g_stride, g_step, D, BD)  # (BG, BD)
-        g_norm = squares(b)
-        scores = tl.dot(first, tl.trans(b), input_precision=PRECISION)
-    else:
-        scores, g_norm = tl.zeros((BQ, BG), tl.float32), tl.zeros((BG,), tl.float32)
-        for at in range(0, D, BD):
-            a = tile(queries, q, known, at, q_stride, q_step, D, BD)
-            b = tile(index, g, inside, at, g_stride, g_step, D, BD)
-            g_norm += squares(b)
-            scores = tl.dot(a, tl.trans(b), scores, input_precision=PRECISION)
-    return scores * (1 / tl.sqrt(tl.where(g_norm > 0, g_norm, 1.0)))[None, :]
-
-
-@triton.jit
 def select(
     queries,  # (Q, D)
     index,  # (G, D)
@@ -114,17 +80,28 @@ def select(
     q_norm = tl.zeros((BQ,), tl.float32)
     for at in range(0, D, BD):
         q_norm += squares(tile(queries, q, known, at, q_stride, q_step, D, BD))
-    first = tile(queries, q, known, 0, q_stride, q_step, D, BD)  # (BQ, BD), stays if it is all
+    if D <= BD:
+        a = tile(queries, q, known, 0, q_stride, q_step, D, BD)  # (BQ, BD), stays
     held = tl.full((BQ, KEEP), float("-inf"), tl.float32)
     held_rows = tl.full((BQ, KEEP), -1, tl.int32)  # counted from start
-    worst, place = tl.full((BQ,), float("-inf"), tl.float32), tl.zeros((BQ,), tl.int32)
+    worst = tl.full((BQ,), float("-inf"), tl.float32)
+    place = tl.zeros((BQ,), tl.int32)  # of the worst
     for left in range(0, count, BG):
         inside = left + columns < count
         g = start + left + columns  # (BG,) int64
-        scores = cosines(
-            *(queries, q, known, q_stride, q_step, first, index, g, inside, g_stride, g_step),
-            *(D, BQ, BG, BD, PRECISION),
-        )
+        if D <= BD:
+            b = tile(index, g, inside, 0, g_stride, g_step, D, BD)  # (BG, BD)
+            g_norm = squares(b)
+            scores = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+        else:
+            scores, g_norm = tl.zeros((BQ, BG), tl.float32), tl.zeros((BG,), tl.float32)
+            for at in range(0, D, BD):
+                a = tile(queries, q, known, at, q_stride, q_step, D, BD)
+                b = tile(index, g, inside, at, g_stride, g_step, D, BD)
+                g_norm += squares(b)
+                scores = tl.dot(a, tl.trans(b), scores, input_precision=PRECISION)
+        # Cosines times the query's norm, which does not affect the order.
+        scores *= (1 / tl.sqrt(tl.where(g_norm > 0, g_norm, 1.0)))[None, :]
         scores += tl.where(inside, 0.0, float("-inf"))[None, :]
         top = tl.max(scores, axis=1)
         # The condition repeats that of the loop: a loop around another one is not pipelined.
