@@ -1,6 +1,7 @@
 """The layout: which file imports which, files copied alone, sizes, what is packaged."""
 
 import ast
+import functools
 import os
 import re
 import shutil
@@ -60,6 +61,7 @@ def lines_of(path):
     return path.read_text(encoding="utf-8").splitlines()
 
 
+@functools.cache
 def imported(name, everywhere=True):
     """The names of all modules that a file, or the files of a package, import; or only those that
     are imported where the file itself is."""
