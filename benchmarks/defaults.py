@@ -91,7 +91,8 @@ def train(root: Path, unseen: Path | None, method: str, seed: int, results: Path
 
     def further(run, result):
         images = {name: len(benchmark.split(name, "train")) for name in benchmark.domains}
-        about = {"images": images, "cpu_seconds": result["cpu_seconds"] + teacher_seconds}
+        about = {"images": images, "images_seen": sum(result["images"].values())}
+        about["cpu_seconds"] = result["cpu_seconds"] + teacher_seconds
         if unseen:
             about["unseen"] = {"data": unseen.name, "mean": evaluated(run, unseen)}
         return about
@@ -124,7 +125,7 @@ def read(directory: Path) -> dict[str, tables.Results]:
     that is no result."""
     found = {}
     for file in sorted(directory.glob("*/*/seed*.json")):
-        result = start.result_of(file)
+        result = start.result_of(file, "parameters", "images_seen")
         rows = found.setdefault(file.parent.parent.name, {})
         rows.setdefault(file.parent.name, {})[result["seed"]] = result
     return dict(sorted(found.items(), key=lambda item: -start.size_of(item[1])))
@@ -151,8 +152,8 @@ def table(found: dict[str, tables.Results]) -> str:
         sizes[-1] += backbone
         for method in filter(results.__contains__, METHODS):
             runs = list(results[method].values())
-            seconds = statistics.fmean(run["cpu_seconds"] for run in runs)
-            seen.append([*row(name, results, method), f"{seconds:.0f}", str(len(runs))])
+            cost = [""] * 3 if METHODS[method].startswith(STILL) else cost_of(runs)
+            seen.append([*row(name, results, method), *cost, str(len(runs))])
         other = of_unseen(results)
         for method in filter(other.__contains__, METHODS):
             unseen.append([*row(name, other, method), str(len(other[method]))])
@@ -161,13 +162,20 @@ def table(found: dict[str, tables.Results]) -> str:
     parts = [
         tables.markdown(["data", "training images", "domains", *backbones], sizes),
         "The domains that were trained on:",
-        tables.markdown([*heading, "CPU s", "n"], seen),
+        tables.markdown([*heading, "trainable, M", "images seen", "CPU s", "n"], seen),
         "Domains that were not trained on:",
         tables.markdown([*heading, "n"], unseen),
         "One method less another, on the domains that were trained on:",
         tables.markdown(["data", "methods", *names, "n"], differences(found)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def cost_of(runs: list[dict]) -> list[str]:
+    """Trainable parameters, images seen, CPU seconds."""
+    seconds = statistics.fmean(run["cpu_seconds"] for run in runs)
+    millions = runs[0]["parameters"]["trained"] / 1e6
+    return [f"{millions:.2f}", f"{runs[0]['images_seen']:,}", f"{seconds:.0f}"]
 
 
 def row(name: str, results: tables.Results, method: str) -> list[str]:

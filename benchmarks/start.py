@@ -42,7 +42,7 @@ STARTS = {  # the last is that of the presets mini and micro
     "pca": "--student-init pca --frozen-epochs 1",
     "short": "--student-init pca --frozen-epochs 0.2",
 }
-KEPT = ("mean", "domains", "val_recall_at_1", "step", "images", "cpu_seconds")
+KEPT = ("mean", "domains", "val_recall_at_1", "step", "images", "cpu_seconds", "parameters")
 
 # Runs ---------------------------------------------------------------------------------------------
 
@@ -126,10 +126,11 @@ def read(directory: Path, ablation_results: Path = ablation.RESULTS) -> dict[str
     return dict(sorted(found.items(), key=lambda item: -size_of(item[1])))
 
 
-def result_of(file: Path) -> dict:
+def result_of(file: Path, *further: str) -> dict:
+    """A recorded result, which has the values `further`. Raises data.InputError otherwise."""
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-        for name in ("mean", "images", "cpu_seconds", "command", "seed"):
+        for name in ("mean", "images", "cpu_seconds", "command", "seed", *further):
             result[name]
         return result
     except (OSError, ValueError, KeyError, TypeError) as error:

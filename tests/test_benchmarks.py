@@ -510,7 +510,7 @@ def test_settings_are_chosen_on_one_half_and_judged_on_the_other(uned, tmp_path,
         mean = {"recall_at_1": test, "mmp_at_5": test / 2}
         seconds = 2.0 if setting == "area" else 1.0
         result = {"mean": mean, "domains": dict.fromkeys(domains), "step": 1, "images": {}}
-        result |= {"val_recall_at_1": val, "cpu_seconds": seconds}
+        result |= {"val_recall_at_1": val, "cpu_seconds": seconds, "parameters": {}}
         return result | {"backbone": {"mean": mean}}
 
     monkeypatch.setattr(ablation, "train", result)
