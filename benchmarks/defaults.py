@@ -56,24 +56,21 @@ METHODS = {
     "start-lda": f"{STILL} --student-init lda",
 }
 PAIRS = (
+    ("udon-joint", "ujc"),
+    ("udon-joint", "ujc-size"),
+    ("udon-joint", "distill-8"),
+    ("udon-joint", "distill-8-joint"),
+    ("udon", "usc"),
+    ("udon", "udon-rr"),
+    ("udon-rr", "udon-rr-no-distillation"),
+    ("udon-rr-no-distillation", "usc"),
+    ("udon-rr-student-3", "udon-rr"),
     ("udon-joint", "udon-joint-plain"),
     ("ujc", "ujc-plain"),
     ("udon", "udon-plain"),
     ("usc", "usc-plain"),
-    ("udon-joint", "ujc"),
-    ("udon-joint", "ujc-size"),
-    ("udon", "usc"),
-    ("udon", "udon-rr"),
-    ("udon-rr", "udon-rr-no-distillation"),
-    ("udon-rr", "udon-rr-student-3"),
-    ("udon-rr-no-distillation", "usc"),
-    ("udon-joint-plain", "distill-8"),
-    ("udon-joint-plain", "distill-8-joint"),
     ("udon-joint-plain", "udon-joint-plain-rr"),
-    ("udon-joint-plain", "ujc-plain"),
-    ("udon-joint-plain", "ujc-plain-size"),
     ("udon-joint-plain-lda", "udon-joint-plain"),
-    ("udon-plain", "usc-plain"),
 )
 
 # Runs ---------------------------------------------------------------------------------------------
