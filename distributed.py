@@ -126,7 +126,7 @@ def join(device: str) -> None:
     kind = "a GPU" if gpus else "the CPU"
     store().set(f"process {number}", f"{os.getpid()} {socket.gethostname()}")
     store().set(f"device {number}", kind)
-    kinds = [store().get(f"device {other}").decode() for other in range(started())]
+    kinds = [awaited(f"device {other}") for other in range(started())]
     for other, found in enumerate(kinds):
         if found != kinds[0]:
             raise DistributedError(
@@ -152,6 +152,18 @@ def kept_store() -> dist.Store:
 def store() -> dist.Store:
     """Keys and values of the processes that torchrun has started at the same time."""
     return dist.PrefixStore(f"start {restarts()}", kept_store())
+
+
+def awaited(key: str) -> str:
+    """A text that another process sets. Raises PeerError if one has ended before it did so."""
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while not store().check([key]):
+        if cause := failure():
+            raise cause
+        if time.monotonic() > deadline:
+            raise silence(f"{key} is not known after {TIMEOUT}")
+        time.sleep(0.02)
+    return store().get(key).decode()
 
 
 def remember(key: str, text: str) -> None:
@@ -204,18 +216,22 @@ def failure() -> PeerError | None:
         if not store().check(["ended"]):
             if not dead:
                 return None
-            message = (
-                f"rank {dead[0]} has ended unexpectedly, perhaps killed for lack of memory: start "
-                "all processes again"
-            )
+            cause = f"rank {dead[0]} has ended unexpectedly, perhaps killed for lack of memory"
             if first_to_end(1):
-                print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
-                return PeerError(message)
+                return announced(cause)
         number, status = map(int, store().get("ended").split())
     except RuntimeError:  # torchrun has ended
         return None
     own = number == int(os.environ["RANK"])
     return None if own else PeerError(f"rank {number} has ended early", status)
+
+
+def announced(cause: str) -> PeerError:
+    """Prints why this process ends -> the error."""
+    again = restarts() < restarts_allowed()
+    remedy = "torchrun starts all processes again" if again else "start all processes again"
+    print(f"{Path(sys.argv[0]).name}: {cause}: {remedy}", file=sys.stderr, flush=True)
+    return PeerError(f"{cause}: {remedy}")
 
 
 def shared() -> bool:
@@ -247,8 +263,18 @@ def messages() -> Iterator[None]:
         deadline = time.monotonic() + PATIENCE
         while (cause := failure()) is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        reason = str(error).splitlines()[0]
-        raise cause or PeerError(f"another process does not answer ({reason})") from None
+        raise cause or silence(str(error).splitlines()[0]) from None
+
+
+def silence(reason: str) -> PeerError:
+    """The PeerError of a message that has failed although no process is known to have ended, as one
+    that was killed on another machine. Those that are left say that they are."""
+    store().set(f"left {os.environ['RANK']}", "")
+    time.sleep(PATIENCE)
+    silent = [str(n) for n in range(started()) if not store().check([f"left {n}"])]
+    who = f"rank {' and '.join(silent)}" if silent else "another process"
+    cause = f"{who} does not answer ({reason})"
+    return announced(cause) if first_to_end(1) else PeerError(cause)
 
 
 # Shares and sums ----------------------------------------------------------------------------------
@@ -360,7 +386,7 @@ class GradientSum:
         self.bucket, self.values, self.sent = [], 0, []
         self.active = True  # False until the last piece of a batch
         if size() > 1:
-            for parameter in parameters:
+            for parameter in filter(lambda parameter: parameter.requires_grad, parameters):
                 parameter.register_post_accumulate_grad_hook(self.add)
 
     def add(self, parameter: torch.nn.Parameter) -> None:

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import numbers
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -144,6 +145,15 @@ class Run:
                     f"parameter {name} is not finite after step {self.step}: lower --backbone-lr "
                     "or --head-lr; last.pt is the last good checkpoint"
                 )
+
+    @contextlib.contextmanager
+    def freezing(self) -> Iterator[None]:
+        """A context of steps that may freeze the backbone; after it, all of it trains again."""
+        try:
+            yield
+        finally:
+            for parameter in self.optimizer.param_groups[0]["params"]:
+                parameter.requires_grad_()
 
     @property
     def needs_validation(self) -> bool:
@@ -273,11 +283,8 @@ def build_model(
     """The initial model for {domain: number of classes}, a function of the configuration and, where
     it is given, of a backbone of one's own
     -> model, architecture, preprocessing; the last two are part of every checkpoint."""
-    if backbone is not None and not isinstance(getattr(backbone, "width", None), int):
-        raise ConfigError(
-            f"the backbone {type(backbone).__name__} has no attribute width: set it to the number "
-            "of its outputs"
-        )
+    if backbone is not None:
+        check_own(backbone, config)
     architecture = {
         "backbone": {**description(config.model, backbone), "image_size": config.image_size},
         "classes": classes,
@@ -307,6 +314,41 @@ def build_model(
             "hold: use --preset uned-b16"
         )
     return model, architecture, {**preprocessing._asdict(), "antialias": config.antialias}
+
+
+def check_own(backbone: nn.Module, config: Config) -> None:
+    """Raises ConfigError for a backbone of one's own that does not turn two black images into two
+    vectors, or whose layers do not allow that batches are divided."""
+    name, side = f"the backbone {type(backbone).__name__}", config.image_size
+    width = getattr(backbone, "width", None)
+    if not isinstance(width, numbers.Integral) or width < 1:
+        raise ConfigError(f"{name} has the width {width}: set it to the number of its outputs")
+    if config.model.startswith("timm:"):
+        raise ConfigError(f"{name} is given with --model {config.model}: leave out one of them")
+    device = next((parameter.device for parameter in backbone.parameters()), "cpu")
+    try:
+        with torch.no_grad():
+            found = backbone.eval()(torch.zeros(2, 3, side, side, device=device))
+    except Exception as error:  # whatever a module of the user's raises
+        raise ConfigError(
+            f"{name} takes no float32 images (2, 3, {side}, {side}) ({checkpoint.summary(error)}): "
+            "mend it, or give the --image-size that it takes"
+        ) from None
+    is_tensor = isinstance(found, torch.Tensor)
+    if not is_tensor or found.shape != (2, width) or found.dtype != torch.float32:
+        what = f"{found.dtype} {tuple(found.shape)}" if is_tensor else type(found).__name__
+        raise ConfigError(
+            f"{name} of width {width} turns two images into {what}: let it return a tensor of "
+            f"float32 values (2, {width})"
+        )
+    kinds = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
+    layers = [m for m in backbone.train().modules() if isinstance(m, kinds) and m.training]
+    if layers and (distributed.size() > 1 or config.accumulate > 1):
+        raise ConfigError(
+            f"{name} has layers such as {layers[0]}, whose results change when a batch is divided: "
+            "replace them (BatchNorm by GroupNorm), keep them in evaluation mode, or train with "
+            "one process and --accumulate 1"
+        )
 
 
 def description(model: str, backbone: nn.Module | None) -> dict:
@@ -396,22 +438,23 @@ def load_teachers(config, classes, image_size, preprocessing, device) -> FrozenT
     return FrozenTeachers(models, sources)
 
 
-def copy_of(model: UDON) -> UDON:
-    """A copy in evaluation mode. Raises ConfigError for a backbone that cannot be copied."""
+def copy_of(module: nn.Module, option: str, remedy: str) -> nn.Module:
+    """A copy, which an option needs. Raises ConfigError for a backbone that cannot be copied."""
     try:
-        return copy.deepcopy(model).eval()
+        return copy.deepcopy(module)
     except Exception as error:  # whatever the copying of an object of the user's raises
         raise ConfigError(
-            f"--ema needs a copy of the model, but the backbone cannot be copied ({error}): give "
-            "--ema 0"
+            f"{option} needs a copy of the model, but the backbone cannot be copied ({error}): "
+            f"{remedy}"
         ) from None
 
 
 def build_optimizer(model: UDON, config: Config) -> torch.optim.AdamW:
-    """AdamW with two groups, the backbone and the heads; every parameter is in exactly one."""
-    backbone = list(model.backbone.parameters())
-    others = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
-    assert len(backbone) + len(others) == len(set(model.parameters()))
+    """AdamW with two groups, the backbone and the heads, without what does not require a gradient:
+    parameters that a backbone of one's own keeps fixed."""
+    trained = [item for item in model.named_parameters() if item[1].requires_grad]
+    backbone = [parameter for name, parameter in trained if name.startswith("backbone.")]
+    others = [parameter for name, parameter in trained if not name.startswith("backbone.")]
     return torch.optim.AdamW(
         [{"params": backbone}, {"params": others}],
         lr=config.head_lr,
@@ -460,9 +503,10 @@ def prepare_backbone(model: UDON, config: Config, device: str) -> None:
         try:
             model.backbone.set_grad_checkpointing()
         except (AttributeError, AssertionError, RuntimeError):
+            name = getattr(model.backbone, "name", type(model.backbone).__name__)
             raise ConfigError(
-                f"--checkpoint-activations is on, but {config.model} has no such mode: leave it "
-                "out, and use --accumulate to save memory"
+                f"--checkpoint-activations is on, but the backbone {name} has no such mode: leave "
+                "it out, and use --accumulate to save memory"
             ) from None
     if config.compile:
         try:
@@ -529,7 +573,9 @@ def build_run(
                 "start a new run"
             )
     model.to(device)
-    average = copy_of(model) if config.ema and any(config.weights) else None
+    average = None
+    if config.ema and any(config.weights):
+        average = copy_of(model, "--ema", "give --ema 0").eval()
     prepare_backbone(model, config, device)
     teachers = None
     if config.teachers is not None:

@@ -5,6 +5,7 @@
     backbone.statistics    (mean, std) that images in [0, 1] are normalised with
     backbone.fill(weights) loads a state dict of timm's, or of the model's authors if timm knows it
     backbone.download()    loads timm's weights for the model from its hub
+    import_torchvision()   for timm, beside any build of torch
 
 Copy with: torch, timm (imported when a backbone is built).
 """
@@ -32,8 +33,10 @@ class TimmBackbone(nn.Module):
                 tables are resized by timm.
     Attributes: `width`, D; `architecture`, {"timm": name, "image_size": side}, which rebuilds this
     module; `statistics`; `interpolation`, with which timm resizes the images of this model.
-    BatchNorm uses its stored statistics in training, too: each batch holds images of one domain,
-    whose statistics are not those of the others. Weights are random until `fill` or `download`.
+    The network computes in evaluation mode in training, too. BatchNorm uses its stored statistics,
+    since each batch holds images of one domain, whose statistics are not those of the others; there
+    is no dropout and no stochastic depth, so that a run can be repeated and a batch divided.
+    Weights are random until `fill` or `download`.
     Raises TimmError if timm is missing, has no such model, or the model cannot take such images.
     """
 
@@ -120,21 +123,37 @@ class TimmBackbone(nn.Module):
 
     def train(self, mode: bool = True) -> "TimmBackbone":
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                module.eval()
+        self.network.eval()
         return self
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Computes activations again in the backward pass instead of keeping them. Raises an
+        AttributeError or AssertionError for a model that cannot."""
+        self.network.set_grad_checkpointing(enable)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D), not L2-normalised."""
         return self.network(images)
 
 
+def import_torchvision() -> None:
+    """Imports torchvision, as timm and transformers do. Beside a build of torch that it was not
+    compiled for, its operators are missing, and it cannot be imported. Two of them are then defined
+    without code, which is enough to import it; models of timm do not call them."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{name}", schema)
+
+
 def _create(name: str, *, pretrained: bool = False, classes: int = 0) -> Any:
     """timm's model, without a classifier for 0 classes. Raises TimmError."""
     try:
+        import_torchvision()
         import timm
-    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
+    except (ImportError, RuntimeError) as error:
         raise TimmError(
             f"timm:{name} needs the package timm ({error}): pip install -e '.[interop]'"
         ) from None

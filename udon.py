@@ -16,7 +16,6 @@ B batch, D backbone width, S student width, T teacher width, C classes of the ba
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import functools
 import os
@@ -51,6 +50,7 @@ from run import (
     build_model,
     build_optimizer,
     build_run,
+    copy_of,
     finite_numbers,
     learning_rates,
     products,
@@ -254,7 +254,9 @@ def training_step(run: Run, batches: Iterator) -> tuple[str, Losses, float]:
         parameter.requires_grad_(run.step >= run.frozen_steps)
 
     # 4. Backbone -> student and teacher -> cosines with the domain's classifiers -> losses.
+    #    Random layers of a backbone of one's own, such as dropout, draw a function of the step.
     # 5. Their gradients; the table above shows which loss trains what.
+    torch.manual_seed(hash((config.seed, run.step)))
     optimizer.zero_grad(set_to_none=True)
     losses = losses_and_gradients(run, images, labels, domain)
 
@@ -341,7 +343,9 @@ def train(config: Config, resume: bool = False, backbone: nn.Module | None = Non
     backbone  a module of one's own, (B, 3, H, W) -> (B, D), with an attribute `width`, D, in place
               of config.model and config.init. Images have the side config.image_size and the
               statistics config.init_statistics, 0.5 without it. It is trained in place, and needed
-              again to resume and for checkpoint.load(path, backbone=module).
+              again to resume and for checkpoint.load(path, backbone=module). What of it does not
+              require a gradient stays as it is. With BatchNorm or dropout in training mode, batches
+              cannot be divided among processes or by config.accumulate.
 
     Then trains the methods of config.compare with the same options, and prints all in one table.
     Returns the contents of test.json. With `resume`, continues from last.pt in config.out; the
@@ -368,7 +372,8 @@ def train(config: Config, resume: bool = False, backbone: nn.Module | None = Non
         interruption = stack.enter_context(rundir.Interruption(out))
         benchmark = data.Benchmark(config.data, config.domains, on_bad_image=config.on_bad_image)
         results = {}
-        backbones = [backbone, *(copy.deepcopy(backbone) for _ in config.compare)]
+        copies = (copy_of(backbone, "--compare", "leave it out") for _ in config.compare)
+        backbones = [backbone, *copies]
         for (one, started), own in zip(runs, backbones):
             if results:
                 print(f"\n{one.method}, for comparison:")
@@ -392,10 +397,20 @@ def check_processes(config: Config, resume: bool = False) -> None:
 
 
 def own_directory(stack: contextlib.ExitStack, out: str | None, resume: bool) -> Path:
-    """Makes and locks the directory of a run, on rank 0 for all processes."""
+    """Makes and locks the directory of a run, on rank 0 for all processes. Raises RunError if one
+    of them does not see it."""
     if distributed.rank() == 0:
         out = stack.enter_context(rundir.run_directory(out, resume))
-    return distributed.agreed(out)
+    out = distributed.agreed(out)
+    owner = Path(out) / "owner"
+    owners = distributed.collected(owner.read_text("utf-8") if owner.exists() else None)
+    seen = [found == owners[0] for found in owners]
+    if not all(seen):
+        raise rundir.RunError(
+            f"--out {out} of rank 0 is not there for rank {seen.index(False)}: give a directory "
+            "that all machines share"
+        )
+    return out
 
 
 def train_one(
@@ -442,7 +457,7 @@ def train_one(
         if distributed.rank() == 0:
             write_config(config)
             (run.out / "stopped.json").unlink(missing_ok=True)
-        with products("high"):
+        with products("high"), run.freezing():
             if config.freeze_backbone and run.step < run.steps:
                 batches = feature_batches(run, batches, interruption)
             with contextlib.closing(open_stream(run, batches)) as stream:  # ends the processes, too
@@ -630,9 +645,8 @@ def dry_run(config: Config) -> None:
     """Prints what `train` would take, measured on generated images. Writes nothing."""
     with distributed.processes(config.device), products("high"):
         check_processes(config)
-        if config.student_init != "lecun":
-            print("note: heads and classifiers start at random here; real ones start from images")
-            config = dataclasses.replace(config, student_init="lecun")
+        print("note: all weights are random here, which changes neither time nor memory")
+        config = dataclasses.replace(config, init="scratch", student_init="lecun")
         splits = plan.training_splits(data.Benchmark(config.data, config.domains))
         run = build_run(config, splits)
         run.gradients = distributed.GradientSum(run.model.parameters())

@@ -20,6 +20,7 @@ import torch
 
 import data
 import evaluate
+import timm_backbone
 import udon
 from benchmarks import shared, tables
 from checkpoint import write_json
@@ -117,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
             result = shared.recorded(options.out, "embedding", keys)
             return shared.fill(options.table, "embedding", lambda: table(result))
         versions = shared.versions(PACKAGES, "interop")
-        shared.import_torchvision()
+        timm_backbone.import_torchvision()
         shared.pin(options.core)
         torch.manual_seed(0)
         result = {

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import data
 import images
+import timm_backbone
 import udon
 from benchmarks import shared, tables
 from checkpoint import write_json
@@ -203,7 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
             result = shared.recorded(options.out, "loader", keys)
             return shared.fill(options.table, "loader", lambda: table(result))
         versions = shared.versions(PACKAGES, "interop")
-        shared.import_torchvision()
+        timm_backbone.import_torchvision()
         torch.set_num_threads(1)
         result = {
             "command": (

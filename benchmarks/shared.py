@@ -4,11 +4,10 @@
     processor(), machine(device) -> str
     versions(packages, extra)                       of installed packages
     pin(core)                                       keeps this process on one core and one thread
-    import_torchvision()                            of any build of torch
     spread(times, base), spread_text(values)        ratios of times that were measured in turns
     recorded(path, module)                          what a benchmark has written
     fill(path, name, table)                         writes a table between its marks in a file
-Copy with: images; torch for machine(), pin() and import_torchvision().
+Copy with: images; torch for machine() and pin().
 """
 
 import argparse
@@ -84,19 +83,6 @@ def pin(core: int | None) -> None:
             raise InputError(f"--core is {core}: use one of {', '.join(map(str, cores))}")
         os.sched_setaffinity(0, {max(cores) if core is None else core})
     torch.set_num_threads(1)
-
-
-def import_torchvision() -> None:
-    """timm and transformers import torchvision. Beside a build of torch that its binary does not
-    match, it lacks operators and fails; defined, they serve to import it, and are not called."""
-    import torch
-
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            torch.library.define(f"torchvision::{name}", schema)
 
 
 def spread(times: Iterable[float], base: Iterable[float]) -> dict[str, float]:

@@ -22,6 +22,7 @@ import data
 import distributed
 import evaluate
 import model
+import timm_backbone
 import udon
 from benchmarks import (
     ablation,
@@ -395,7 +396,7 @@ def measured(module, options, name, tmp_path, monkeypatch):
 @pytest.fixture
 def torchvision():
     try:
-        shared.import_torchvision()
+        timm_backbone.import_torchvision()
     except ImportError:
         pytest.skip("torchvision is not installed")
 

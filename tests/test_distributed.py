@@ -48,9 +48,9 @@ class Ended(NamedTuple):
     err: str
 
 
-def job(count, function, directory):
+def job(count, function, directory, stops=True):
     """Runs function(rank) in forks of this process, with what torchrun gives to its processes:
-    environment variables, a store, and SIGTERM for the others when one fails."""
+    environment variables, a store, and, if it `stops`, SIGTERM for the others when one fails."""
     torch.optim.AdamW([torch.zeros(1)])  # imports what each process would import otherwise
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     running, statuses, stopped = {}, {}, set()
@@ -67,7 +67,7 @@ def job(count, function, directory):
             if process:
                 del running[rank]
                 statuses[rank] = os.waitstatus_to_exitcode(status)
-        if any(statuses.values()):
+        if stops and any(statuses.values()):
             for process in {*running.values()} - stopped:
                 os.kill(process, signal.SIGTERM)
                 stopped.add(process)
@@ -322,6 +322,36 @@ def test_a_killed_rank_ends_the_others_and_is_named(uned, tmp_path, place, count
     if saved is not None:
         assert torch.load(tmp_path / "run" / "last.pt")["step"] == saved
     assert not list(tmp_path.glob("run/*.partial"))
+
+
+def test_a_rank_that_is_killed_on_another_machine_is_named(uned, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "PATIENCE", 1.0)
+
+    def run(rank):
+        distributed.socket.gethostname = lambda: f"machine{rank}"
+        if rank == 1:
+            do_at(3, kill(signal.SIGKILL))
+        train(uned, tmp_path / "run")
+
+    ended = job(2, run, tmp_path, stops=False)
+    (sentence,) = sentences(ended)
+    assert sentence.startswith("rank 1 does not answer (")
+    assert sentence.endswith("): start all processes again") and ended[0].status == 1
+
+
+def test_a_rank_that_never_joins_ends_the_others(uned, tmp_path):
+    """As on a machine where --out holds no run to resume."""
+
+    def run(rank):
+        given = ["--resume", "--out", tmp_path / "nowhere"] if rank == 1 else []
+        train(uned, tmp_path / "run", *given)
+
+    started = time.monotonic()
+    ended = job(2, run, tmp_path, stops=False)
+    (sentence,) = sentences(ended)
+    assert sentence.startswith("rank 1: --out ") and "holds no run to resume" in sentence
+    assert [process.status for process in ended] == [2, 2]
+    assert time.monotonic() - started < 60
 
 
 def bad_image(uned, directory, split, monkeypatch=None):

@@ -5,8 +5,10 @@ of the extra `interop`; tests of a package that is not installed are skipped."""
 import contextlib
 import functools
 import json
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,17 +22,19 @@ import flax_weights
 import model
 import pretrained
 import run
+import timm_backbone
 import udon
-from benchmarks import jax_step, shared
+from benchmarks import jax_step
 from config import Config
 from timm_backbone import TimmBackbone, TimmError
 
+ROOT = Path(__file__).parents[1]
 SIZES = dict(image_size=32, patch_size=8, width=48, depth=2, heads=3)
 TOLERANCE = 1e-5  # absolute, on features whose entries are about 1
 
 
 with contextlib.suppress(ImportError):
-    shared.import_torchvision()
+    timm_backbone.import_torchvision()
 
 
 def randomise(module, seed=0):
@@ -377,6 +381,43 @@ def test_weights_that_cannot_be_downloaded_are_refused(monkeypatch):
     monkeypatch.setattr(timm, "create_model", unreachable)
     with pytest.raises(TimmError, match="no network.*--init FILE"):
         backbone.download()
+
+
+def test_dropout_of_timm_is_off_in_training():
+    pytest.importorskip("timm")
+    backbone, images = TimmBackbone("ghostnet_050", 32).train(), torch.rand(2, 3, 32, 32)
+    assert backbone.network.drop_rate > 0
+    assert torch.equal(backbone(images), backbone(images))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_activations_of_timm_computed_again_change_no_gradient(name):
+    pytest.importorskip("timm")
+    backbone, images = TimmBackbone(name, 160).train(), torch.rand(2, 3, 160, 160)
+    counts, gradients = [], []
+
+    def kept(tensor):
+        counts[-1] += 1
+        return tensor
+
+    for again in (False, True):
+        backbone.set_grad_checkpointing(again)
+        counts.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+            backbone(images).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in backbone.parameters()])
+        backbone.zero_grad()
+    assert counts[1] < 0.7 * counts[0]
+    for one, other in zip(*gradients):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_timm_beside_the_torchvision_that_pip_installs():
+    """In a process that has not prepared the import of torchvision, as this one has."""
+    pytest.importorskip("timm")
+    code = "import timm_backbone; print(timm_backbone.TimmBackbone('test_vit').width)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("64\n", "")
 
 
 def test_a_run_with_a_timm_model(tmp_path, uned):

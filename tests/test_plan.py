@@ -460,6 +460,11 @@ def test_a_dry_run_with_features(manifests, tmp_path, monkeypatch, capsys):
     assert head.split()[-2:] == ["0.0", "0.0"], "no gradients, no moments"
 
 
+def test_a_dry_run_needs_no_weights(manifests, tmp_path, monkeypatch, capsys):
+    options = ["--data", manifests, "--init", "absent.npz"]
+    assert any("random" in line for line in dry_run(monkeypatch, capsys, tmp_path, *options))
+
+
 def test_a_dry_run_without_steps(manifests, tmp_path, monkeypatch, capsys):
     options = ("--data", manifests, "--method", "backbone")
     assert dry_run(monkeypatch, capsys, tmp_path, *options)[-1] == "dry run: nothing is trained"

@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 
 import checkpoint
 import data
+import distributed
 import evaluate
 import run as run_module
+import rundir
 import udon
 from benchmarks.faults import same
 from config import METHODS, PRESETS, Config
@@ -715,10 +717,116 @@ def test_a_backbone_of_ones_own(uned, tmp_path, capsys):
         checkpoint.load(best)
 
 
-def test_a_backbone_needs_a_width(uned, tmp_path):
-    config = Config(preset="micro", data=str(uned), batch_size=4, out=str(tmp_path / "run"))
-    with pytest.raises(udon.ConfigError, match="Linear has no attribute width"):
-        udon.train(config, backbone=torch.nn.Linear(3, 3))
+class Partial(Network):
+    """One that keeps a part of it fixed, and has random layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.fixed = torch.nn.Linear(self.width, self.width).requires_grad_(False)
+        self.counts = torch.nn.Parameter(torch.arange(3), requires_grad=False)
+        self.norm, self.dropout = torch.nn.BatchNorm1d(self.width), torch.nn.Dropout(0.5)
+
+    def forward(self, images):
+        return self.dropout(self.norm(self.fixed(super().forward(images))))
+
+
+def own(uned, out, **given):
+    options = dict(preset="micro", data=str(uned), batch_size=4, period=4, image_size=32)
+    return Config(**options | {"frozen_epochs": 0.0, "out": str(out)} | given)
+
+
+def test_a_backbone_of_ones_own_may_be_partly_fixed(uned, tmp_path):
+    network = Partial()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    udon.train(own(uned, tmp_path, steps=3), backbone=network)
+    after = checkpoint.read(tmp_path / "last.pt")["model"]
+    changed = {name for name in before if not torch.equal(after[f"backbone.{name}"], before[name])}
+    assert "projection.weight" in changed and not {"fixed.weight", "counts"} & changed
+    learns = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert learns == {"projection.weight", "projection.bias", "norm.weight", "norm.bias"}
+
+
+def test_after_frozen_steps_a_backbone_requires_gradients_as_before(uned, tmp_path):
+    network = Network()
+    udon.train(own(uned, tmp_path, steps=2, frozen_epochs=9.0), backbone=network)
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_random_layers_draw_a_function_of_the_step(uned, tmp_path):
+    states = []
+    for name, lengths in (("whole", [6]), ("again", [6]), ("halves", [3, 6])):
+        for steps in lengths:
+            torch.rand(7)
+            config = own(uned, tmp_path / name, steps=steps)
+            udon.train(config, resume=steps != lengths[0], backbone=Partial())
+        states.append(checkpoint.read(tmp_path / name / "last.pt")["model"])
+    assert same(states[0], states[1]) and same(states[0], states[2])
+
+
+def test_batches_of_random_layers_cannot_be_divided(uned, tmp_path):
+    config = own(uned, tmp_path, accumulate=2)
+    with pytest.raises(
+        udon.ConfigError, match=r"Partial has layers such as BatchNorm1d.*GroupNorm"
+    ):
+        udon.train(config, backbone=Partial())
+    assert not list(tmp_path.iterdir())
+
+
+def returning(function, width=12):
+    """A backbone that returns function(features)."""
+
+    class Other(Network):
+        def forward(self, images):
+            return function(super().forward(images))
+
+    backbone = Other()
+    backbone.width = width
+    return backbone
+
+
+@pytest.mark.parametrize(
+    "backbone, given, words",
+    [
+        (torch.nn.Linear(3, 3), {}, "Linear has the width None: set it"),
+        (returning(lambda x: x, width=0), {}, "has the width 0: set it"),
+        (returning(lambda x: x, width=9), {}, r"width 9 turns .* torch.float32 \(2, 12\): let it"),
+        (returning(lambda x: x[..., None]), {}, r"into torch.float32 \(2, 12, 1\)"),
+        (returning(lambda x: (x, x)), {}, "into tuple"),
+        (returning(lambda x: x.double()), {}, "into torch.float64"),
+        (returning(lambda x: x @ x), {}, r"takes no float32 images \(2, 3, 32, 32\) \(mat1"),
+        (Network(), {"model": "timm:test_vit"}, "Network is given with --model timm:test_vit"),
+    ],
+    ids=str,
+)
+def test_backbones_that_cannot_be_used(uned, tmp_path, backbone, given, words):
+    with pytest.raises(udon.ConfigError, match=words):
+        udon.train(own(uned, tmp_path, **given), backbone=backbone)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_comparison_needs_a_backbone_that_can_be_copied(uned, tmp_path):
+    network = Network()
+    network.stream = (x for x in "ab")
+    with pytest.raises(udon.ConfigError, match="--compare needs a copy .*: leave it out"):
+        udon.train(own(uned, tmp_path, compare=("usc",)), backbone=network)
+
+
+def test_a_backbone_without_checkpointed_activations_is_named(uned, tmp_path):
+    config = own(uned, tmp_path, checkpoint_activations=True)
+    with pytest.raises(udon.ConfigError, match="the backbone Network has no such mode"):
+        udon.train(config, backbone=Network())
+
+
+def test_all_processes_must_see_the_directory_of_the_run(uned, tmp_path, monkeypatch):
+    collected = distributed.collected
+
+    def elsewhere(value):
+        return [value, None] if str(value).startswith("process") else collected(value)
+
+    monkeypatch.setattr(distributed, "collected", elsewhere)
+    with pytest.raises(rundir.RunError, match=r"of rank 0 is not there for rank 1: give a dir"):
+        udon.train(own(uned, tmp_path / "run"), backbone=Network())
+    assert not list(tmp_path.iterdir())
 
 
 def test_resuming_in_python_needs_the_directory(tmp_path, monkeypatch):
