@@ -1,16 +1,18 @@
 """One process and several: the same training, the same table; measured with torchrun.
 
-    python -m benchmarks.equivalence --data DIR          into results/equivalence.json
+    python -m benchmarks.equivalence --data DIR                  into results/equivalence.json
+    python -m benchmarks.equivalence --table results/README.md   writes the table, trains nothing
 
 Each case trains the compact model on the images in DIR twice, with the same options and the same
 batches: on one process, and on several that share each batch. Written are, over all tensors of
-last.pt, the largest difference of two weights relative to the tensor's largest weight, and the
-largest difference of two cells of the test tables, in points. Sums are taken in another order:
+last.pt, the largest difference of two weights relative to the tensor's largest weight, how many of
+all weights differ by more than LIMIT, and the largest difference of two cells of the test tables,
+in points. Sums are taken in another order:
 weights in float64 agree to its precision; in float32 AdamW enlarges rounding errors where a
 gradient is small, also on one process that takes its batches in pieces, the first case. Two cases
 are exact: a run in which torchrun restarts killed processes beside the same run undisturbed, and
 one checkpoint evaluated on 1, 2 and 3 processes.
-Copy with: what udon.py needs, benchmarks.shared.
+Copy with: what udon.py needs, benchmarks.shared, benchmarks.tables.
 """
 
 import argparse
@@ -26,11 +28,14 @@ from typing import NamedTuple
 import torch
 
 import data
-from benchmarks.shared import machine, output, positive
+from benchmarks.shared import fill, machine, output, positive, recorded
+from benchmarks.tables import code, markdown
 from checkpoint import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results" / "equivalence.json"
 SETTING = "--device cpu --save-every 15"
+LIMIT = 1e-4  # of a tensor's largest weight
 TRAINED = "--frozen-epochs 0"  # the first epoch, in which the backbone is frozen, has more steps
 JOINT = f"{TRAINED} --method udon-joint"
 
@@ -98,14 +103,20 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(run / "last.pt", weights_only=True)["model"]
 
 
-def weight_difference(one: Path, other: Path) -> tuple[float, str]:
-    """The largest difference relative to the largest weight of its tensor, and the tensor."""
+def weight_difference(one: Path, other: Path) -> dict:
+    """The largest difference relative to the largest weight of its tensor, and the tensor; how many
+    weights differ by more than LIMIT, of how many."""
     pairs, differences = weights(other), {}
     for name, values in weights(one).items():
         largest = values.abs().max().clamp(min=1e-30)
-        differences[name] = ((values - pairs[name]).abs().max() / largest).item()
-    name = max(differences, key=differences.get)
-    return differences[name], name
+        differences[name] = (values - pairs[name]).abs() / largest
+    name = max(differences, key=lambda name: differences[name].max())
+    return {
+        "weights": differences[name].max().item(),
+        "tensor": name,
+        "above_limit": sum((values > LIMIT).sum().item() for values in differences.values()),
+        "of": sum(values.numel() for values in differences.values()),
+    }
 
 
 def cells(path: Path) -> list[float]:
@@ -146,8 +157,7 @@ class Runs:
 def compared(runs: Runs, case: Case) -> dict:
     one = runs.run(1, case.options, case.dtype)
     other = runs.run(case.processes, f"{case.options} {case.further}".strip(), case.dtype)
-    difference, name = weight_difference(one, other)
-    row = case._asdict() | {"weights": difference, "tensor": name}
+    row = case._asdict() | weight_difference(one, other)
     row |= {"table": table_difference(one / "test.json", other / "test.json")}
     print(row, flush=True)
     return row
@@ -175,20 +185,47 @@ def evaluated(runs: Runs) -> dict:
     return {"processes": [*files], "equal_tables": all(first == other for other in others)}
 
 
+def table(result: dict) -> str:
+    heading = ["type", "options", "one process, and", "largest difference of a weight"]
+    heading += [f"weights above {LIMIT}", "of the table, points"]
+    lines = []
+    for row in result["rows"]:
+        beside = f"{row['processes']} process{'es' if row['processes'] > 1 else ''}"
+        lines.append([row["dtype"], code(row["options"]), f"{beside} {code(row['further'])}"])
+        lines[-1] += [f"{row['weights']:.1e}", f"{row['above_limit']:,} of {row['of']:,}"]
+        lines[-1].append(f"{row['table']:.2f}")
+    killed, counts = result["restarted"]["killed"], result["evaluated"]["processes"]
+    equal = {True: "bit for bit", False: "not"}
+    about = f"`{result['command']}`: {result['setting']}; {result['machine']}; {result['date']}."
+    return (
+        f"{markdown(heading, lines)}\n\nTwo processes, killed ({', '.join(killed)}) and restarted "
+        f"by torchrun, equal two undisturbed ones {equal[result['restarted']['equal_weights']]}. "
+        f"The tables of one checkpoint on {', '.join(map(str, counts))} processes are equal "
+        f"{equal[result['evaluated']['equal_tables']]}. {about}\n"
+    )
+
+
 def command_line() -> argparse.ArgumentParser:
     parser = data.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, metavar="DIR", help="images, as for udon.py train")
+    parser.add_argument("--data", metavar="DIR", help="images, as for udon.py train")
     parser.add_argument("--steps", type=positive, default=40, help="(default: 40)")
     parser.add_argument("--batch-size", type=positive, default=60, help="(default: 60)")
-    parser.add_argument("--out", type=output, default=str(ROOT / "results" / "equivalence.json"))
+    parser.add_argument("--out", type=output, default=RESULTS)
+    parser.add_argument("--table", type=Path, metavar="FILE", help="write the table into this file")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command_line()
     options = parser.parse_args(arguments)
-    options.data = Path(options.data).absolute()
+    if not (options.data or options.table):
+        parser.error("give --data to train, or --table")
     with parser.sentences(), tempfile.TemporaryDirectory() as name:
+        if options.table:
+            keys = ("rows", "restarted", "evaluated", "command", "setting", "machine", "date")
+            result = recorded(options.out, "equivalence", keys)
+            return fill(options.table, "equivalence", lambda: table(result))
+        options.data = Path(options.data).absolute()
         benchmark = data.Benchmark(options.data)
         runs = Runs(options, Path(name))
         result = {
@@ -202,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
             "evaluated": evaluated(runs),
         }
         write_json(options.out, result)
-    print(json.dumps(result, indent=1))
+    print(table(result))
 
 
 if __name__ == "__main__":
