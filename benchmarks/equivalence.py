@@ -191,7 +191,8 @@ def table(result: dict) -> str:
     lines = []
     for row in result["rows"]:
         beside = f"{row['processes']} process{'es' if row['processes'] > 1 else ''}"
-        lines.append([row["dtype"], code(row["options"]), f"{beside} {code(row['further'])}"])
+        options, further = (code(row[x]) if row[x] else "" for x in ("options", "further"))
+        lines.append([row["dtype"], options, f"{beside} {further}".strip()])
         lines[-1] += [f"{row['weights']:.1e}", f"{row['above_limit']:,} of {row['of']:,}"]
         lines[-1].append(f"{row['table']:.2f}")
     killed, counts = result["restarted"]["killed"], result["evaluated"]["processes"]

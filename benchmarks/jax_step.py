@@ -13,7 +13,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -37,6 +37,12 @@ CLASSES = {  # of UnED's training images
     "rp2k": 1_074,
 }
 FORMS = {"JAX": False, "JAX, flat tokens": True}  # {name: jax_udon's `flat`}
+PARTS = {  # of our step: operators of torch, by the beginning of their names
+    "matrix products": ("mm", "addmm"),
+    "attention": ("_scaled_dot_product",),
+    "GELU": ("gelu",),
+    "AdamW": ("_fused_adamw",),
+}
 PACKAGES = ("torch", "jax", "jaxlib", "optax", "numpy")
 # XLA multiplies on the calling thread. JAX reads these variables when it is imported.
 ENVIRONMENT = {
@@ -99,7 +105,8 @@ class JaxRun:
 
 
 def measure(run: udon.Run, domains: list[str], rounds: int) -> Iterator[dict]:
-    """Yields {"rounds": number, "domains": {domain: summary}} after each round."""
+    """Yields {"rounds": number, "domains": {domain: summary, and the shares of our step}} after
+    each round."""
     jax_run, classes = JaxRun(run), run.model.student_classifiers
     batches = {d: random_batch(run.config, classes[d].out_features) for d in domains}
     steps = {"ours": lambda domain: udon.training_step(run, iter([(domain, *batches[domain])]))}
@@ -115,7 +122,8 @@ def measure(run: udon.Run, domains: list[str], rounds: int) -> Iterator[dict]:
                     times[domain][name].append(time.process_time() - started)
         print(f"round {turn + 1} of {rounds}", flush=True)
         if turn >= 0:
-            yield {"rounds": turn + 1, "domains": {d: summary(times[d]) for d in domains}}
+            found = {d: summary(times[d]) | {"shares": shares(steps["ours"], d)} for d in domains}
+            yield {"rounds": turn + 1, "domains": found}
 
 
 def summary(times: dict[str, list[float]]) -> dict[str, dict]:
@@ -126,8 +134,22 @@ def summary(times: dict[str, list[float]]) -> dict[str, dict]:
     }
 
 
+def shares(step: Callable, domain: str) -> dict[str, float]:
+    """{part: % of the CPU time of a step}"""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(domain)
+    times = {row.key: row.self_cpu_time_total for row in profile.key_averages()}
+    found = {}
+    for part, begins in PARTS.items():
+        names = tuple(f"aten::{begin}" for begin in begins)
+        own = sum(time for key, time in times.items() if key.startswith(names))
+        found[part] = round(100 * own / sum(times.values()), 1)
+    return found
+
+
 def table(result: dict) -> str:
-    """Seconds of our step, and the steps in JAX as multiples of it: median (least to greatest)."""
+    """Seconds of our step, and the steps in JAX as multiples of it: median (least to greatest); the
+    shares of our step."""
     lines = [
         [f"`{domain}`", f"{CLASSES[domain]:,}", f"{row['ms']['ours'] / 1e3:.2f}"]
         + [shared.spread_text(row["ratios"][form]) for form in FORMS]
@@ -135,9 +157,15 @@ def table(result: dict) -> str:
     ]
     heading = ["domain of the batch", "classes", "ours, s", *FORMS]
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("jax", "optax"))
+    parts = [
+        [f"`{domain}`", *(f"{row['shares'][part]:.0f} %" for part in PARTS)]
+        for domain, row in result["domains"].items()
+    ]
     return (
-        f"{tables.markdown(heading, lines)}\n\n{result['rounds']} rounds; {result['machine']}, "
-        f"{versions}; {result['date']}; `{result['command']}`.\n"
+        f"{tables.markdown(heading, lines)}\n\nCPU time of our step:\n\n"
+        f"{tables.markdown(['domain of the batch', *PARTS], parts)}\n\n"
+        f"{result['rounds']} rounds; {result['machine']}, {versions}; {result['date']}; "
+        f"`{result['command']}`.\n"
     )
 
 

@@ -6,9 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 import udon
+
+settings.register_profile("udon", deadline=None)  # no test depends on the speed of the machine
+settings.load_profile("udon")
 
 # Real images beside the project; never part of it.
 MINI_UNED = Path(__file__).parents[2] / "shared" / "mini_uned"

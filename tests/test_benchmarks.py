@@ -203,6 +203,7 @@ BAD = {
         ("", "--data"),
         ("--data nowhere", "nowhere"),
         ("--data {uned} --out nowhere/x.json", "nowhere/x.json"),
+        ("--table nowhere.md --out foreign.csv", "foreign.csv"),
     ),
     scaling: (
         ("--rounds 0", "'0'"),
@@ -373,6 +374,12 @@ def test_step_overhead(tmp_path, monkeypatch):
     assert list(times) == ["usc", "udon", "distill-8"]
     assert times["usc"]["to_usc"] == 1
     assert all(ratio > 0 for row in times.values() for ratio in row.values())
+
+
+def test_shares_of_a_step():
+    found = jax_step.shares(lambda domain: torch.ones(400, 400) @ torch.ones(400, 400), "met")
+    assert found.keys() == jax_step.PARTS.keys() and sum(found.values()) <= 100.1
+    assert found["matrix products"] > 50 and found["attention"] == 0
 
 
 def measured(module, options, name, tmp_path, monkeypatch):

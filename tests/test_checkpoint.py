@@ -86,7 +86,7 @@ def test_a_model_keeps_the_family_of_its_weights(tmp_path):
 # Damage -------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data())
 def test_a_flipped_bit_is_found(saved, data):
     raw = bytearray(saved.read_bytes())
@@ -99,7 +99,7 @@ def test_a_flipped_bit_is_found(saved, data):
         checkpoint.load(path)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_a_truncated_or_extended_file_is_found(saved, data):
     raw = saved.read_bytes()

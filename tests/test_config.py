@@ -147,7 +147,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.sampled_from([None, *PRESETS]), st.sampled_from([*METHODS]), OPTIONS)
 def test_options_override_the_method_the_method_the_preset_the_preset_the_defaults(
     preset, method, options
@@ -308,7 +308,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.sampled_from(FIELDS), JSON | st.lists(st.floats() | st.integers(), max_size=5))
 def test_any_value_is_accepted_or_refused_in_one_line(name, value):
     try:

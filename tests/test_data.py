@@ -80,7 +80,7 @@ def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(step=st.integers(0, 10**6), noise=st.integers(0, 100))
 def test_a_batch_is_a_function_of_seed_and_step(uned, step, noise):
     batches = batches_of(uned)
@@ -139,7 +139,7 @@ def test_crops_and_flips_vary(uned):
     )
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(least=st.floats(0.05, 1.0), step=st.integers(0, 1000))
 def test_resized_crops_keep_their_share(least, step):
     """Red grows to the right, green downwards: the edges of a crop tell which part was kept."""

@@ -22,7 +22,7 @@ import evaluate
 from evaluate import TestSet
 
 ROOT = Path(__file__).parents[1]
-FEW = settings(deadline=None, max_examples=25)
+FEW = settings(max_examples=25)
 ZERO = 9  # the pixel value that stands for the coordinate 0
 # With these statistics the networks see pixel - ZERO.
 PREPROCESSING = {"mean": (ZERO / 255,) * 3, "std": (1 / 255,) * 3}
@@ -170,7 +170,7 @@ def test_evaluate_equals_python_loops(index, embedding, benchmark):
 
 
 @pytest.mark.parametrize("domains", ["a", "abc"])
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_the_domains_of_nearest_neighbours_equal_python_loops(domains, data):
     colours = st.lists(st.tuples(*[st.integers(-2, 2)] * 3), min_size=1, max_size=4)

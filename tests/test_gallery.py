@@ -35,7 +35,7 @@ def rows_of(text):
 
 
 @pytest.mark.parametrize("index", ["merged", "separate"])
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(benchmark=benchmarks())
 def test_each_query_equals_python_loops(index, benchmark):
     found = evaluate.retrieve(embedded_by_colour(opened(benchmark)), index)

@@ -226,7 +226,7 @@ def test_messages_are_printable_whatever_the_name():
 # Transforms ---------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(width=st.integers(1, 90), height=st.integers(1, 90), size=st.integers(4, 48))
 def test_prepared_shapes(width, height, size):
     image = Image.fromarray(
@@ -254,7 +254,7 @@ def test_centre_crop(width, height, left, top, scaled):
     assert (images.prepare_test(image, 16) == whole[top : top + 16, left : left + 16]).all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(width=st.integers(2, 60), height=st.integers(2, 60), side=st.integers(2, 60))
 def test_resize_without_antialias_is_half_pixel_bilinear(width, height, side):
     """TensorFlow's bilinear resize: output pixel i samples (i + 1/2) x ratio - 1/2, clamped."""

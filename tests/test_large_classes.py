@@ -104,7 +104,7 @@ def test_chunks_are_of_the_given_size():
     assert parts == [slice(0, 4), slice(4, 8), slice(8, 11)]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.integers(0, 2**32 - 1),
     st.integers(1, 7),

@@ -367,7 +367,7 @@ def test_a_margin_raises_the_loss(seed, batch, classes, kind, margin):
 # ---- gradients -----------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=12)  # each example evaluates the loss 2 x B x C times
+@settings(max_examples=12)  # each example evaluates the loss 2 x B x C times
 @given(
     seeds,
     st.integers(1, 4),

@@ -15,7 +15,7 @@ import metrics
 from metrics import Embeddings, retrieval_metrics
 
 PROPERTY = settings(deadline=None, max_examples=120)
-FEW = settings(deadline=None, max_examples=25)
+FEW = settings(max_examples=25)
 STEP = 0.1  # radians between neighbours of the golden rankings
 
 # Labels of the ranked index rows, the query's label, the rank of the query itself; R@1, mMP@5.

@@ -258,7 +258,7 @@ def test_a_backbone_that_cannot_be_tried_is_described_without_memory(capsys):
 # Batches and passes -------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     strategy=st.sampled_from(["dynamic", "round_robin", "size", "sqrt_size", "balanced"]),
     period=st.integers(3, 40),
@@ -283,7 +283,7 @@ def test_the_longest_published_run_is_counted_at_once():
 # While it runs ------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(steps=st.integers(1, 60), every=st.integers(1, 70), start=st.integers(0, 59))
 def test_the_number_of_validations(steps, every, start):
     run = run_of(steps=steps, val_every=every)

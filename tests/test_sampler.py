@@ -384,7 +384,7 @@ def test_memory_does_not_grow_with_the_period(strategy, period):
     assert [sampler.draw() for _ in range(50)] == upcoming[:50]
 
 
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(st.lists(st.integers(1, 1000), min_size=2, max_size=4), st.integers(LONG, LONG + 9))
 def test_a_long_period_has_exact_quotas_and_an_even_order(sizes, period):
     sizes = dict(zip(DOMAINS, sizes))
@@ -489,7 +489,7 @@ def test_a_state_consists_of_plain_values():
 # ---- independence of the call pattern ------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=15)  # many calls per step
+@settings(max_examples=15)  # many calls per step
 @given(cases(), st.integers(0, 2**32 - 1))
 def test_reading_and_global_random_state_change_nothing(case, seed):
     arguments, losses = case

@@ -401,7 +401,7 @@ class Stub:
         self.path, self.digest, self.width = embedder.path, embedder.digest, embedder.width
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.data())
 def test_damage_to_an_index_is_found(embedder, index, data):
     """Or does not concern what it holds, such as the dates in its directory."""

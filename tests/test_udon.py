@@ -167,7 +167,7 @@ OFFICIAL = {"scale": 16, "temperature": 0.1, "relational_scale": 32}
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 1000), st.booleans(), WEIGHTS, SETTINGS | st.just(None))
 def test_losses_and_all_gradients_equal_their_formulas(
     limit, seed, into_backbone, weights, changes
