@@ -135,7 +135,8 @@ class Config:
     domains: tuple[str, ...] | None = None
     """Train and test on these domains only; without it: on all of them."""
     out: str | None = None
-    """Directory of the run; without it: a new one, runs/<date>-<time>."""
+    """Directory of the run, which all machines of a run share; without it: a new one,
+    runs/<date>-<time>."""
     min_area: float | None = None
     """Smallest share of the image that a random training crop covers, up to 1; set it, for example
     to 0.3, when a small data set overfits; without it: crops of a fixed size, 7/8 of the side

@@ -296,7 +296,8 @@ PREFIXES = (
     *("params/", "opt/target/"),  # Flax, saved as npz
     "visual.trunk.",  # open_clip around timm
 )
-CLS_REMEDY = "give weights of a network that reads the CLS token"
+INDEX = ".index.json"  # of weights in parts
+CLS_REMEDY = "give weights of a network that reads the CLS token, or use --model timm:NAME"
 
 
 WEIGHT_FILES = (  # in a folder of transformers, open_clip or timm
@@ -320,11 +321,8 @@ def _weight_file(path: Path) -> Path:
     for name in WEIGHT_FILES:
         if (path / name).is_file():
             return path / name
-        if (path / f"{name}.index.json").is_file():
-            raise WeightsError(
-                f"this folder has its weights in parts, {name}.index.json: save them in one file "
-                "(save_pretrained with a larger max_shard_size)"
-            )
+        if (path / f"{name}{INDEX}").is_file():
+            return path / f"{name}{INDEX}"
     raise WeightsError(
         f"this folder has no weights, {_some(WEIGHT_FILES)}: give a weight file, or a folder with "
         "one of these"
@@ -333,6 +331,28 @@ def _weight_file(path: Path) -> Path:
 
 def _read(path: Path, names: Collection[str] = ()) -> Checkpoint:
     """`names`: keys of the network that the weights are for; without them, a layout is found."""
+    if path.name.endswith(INDEX):
+        return _unwrap(_read_parts(path), False, names)
+    return _unwrap(*_read_file(path), names)
+
+
+def _read_parts(path: Path) -> dict[str, Tensor]:
+    """The tensors of the files beside an index of transformers that it names."""
+    files = _read_json(path).get("weight_map")
+    files = set(files.values()) if isinstance(files, dict) else {None}
+    if not all(isinstance(name, str) and Path(name).name == name for name in files):
+        raise WeightsError(
+            f"{path.name} names no files of its folder, in weight_map: download it again"
+        )
+    tensors = {}
+    for name in sorted(files):
+        content, _ = _read_file(path.with_name(name))
+        tensors |= content if isinstance(content, dict) else {}
+    return tensors
+
+
+def _read_file(path: Path) -> tuple[Any, bool]:
+    """What a file holds, and whether it is TorchScript."""
     _refuse_other_formats(path)
     is_torchscript = False
     try:
@@ -365,7 +385,7 @@ def _read(path: Path, names: Collection[str] = ()) -> Checkpoint:
         raise WeightsError(
             f"not a readable weight file ({reason}): give a .npz, .safetensors, .pt or .pth file"
         ) from None
-    return _unwrap(content, is_torchscript, names)
+    return content, is_torchscript
 
 
 def _refuse_other_formats(path: Path) -> None:
@@ -709,7 +729,7 @@ def fit(vit: nn.Module, weights: dict[str, Tensor], family: Family) -> list[str]
     if unknown := sorted(weights.keys() - shapes.keys()):
         raise WeightsError(
             f"has {len(unknown)} keys that the backbone lacks ({_some(unknown)}): give a file of "
-            "the backbone's family and depth"
+            "the backbone's family and depth, or use --model timm:NAME"
         )
     if family.heads not in (None, heads):
         raise WeightsError(

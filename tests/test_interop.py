@@ -107,7 +107,9 @@ TRANSFORMERS = {
 }
 
 
-@pytest.mark.parametrize("container", ["folder", "bin folder", "safetensors", "state dict"])
+@pytest.mark.parametrize(
+    "container", ["folder", "parts", "index", "bin folder", "safetensors", "state dict"]
+)
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_transformers(tmp_path, name, container):
     """Activation and epsilon come from config.json; a bare state dict has the defaults."""
@@ -118,8 +120,13 @@ def test_transformers(tmp_path, name, container):
         path = tmp_path / "weights.pt"
         torch.save(network.state_dict(), path)
     else:
-        network.save_pretrained(tmp_path)
-    if container == "safetensors":
+        size = "50KB" if container in ("parts", "index") else "1GB"
+        network.save_pretrained(tmp_path, max_shard_size=size)
+    if container in ("parts", "index"):
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    if container == "index":
+        path = tmp_path / "model.safetensors.index.json"
+    elif container == "safetensors":
         path = tmp_path / "model.safetensors"
     elif container == "bin folder":
         torch.save(network.state_dict(), tmp_path / "pytorch_model.bin")
@@ -156,10 +163,17 @@ def test_transformers_with_another_number_of_heads_are_refused(tmp_path):
     assert "4 attention heads" in refused(tmp_path)
 
 
-def test_transformers_weights_in_parts_are_refused(tmp_path):
+def test_transformers_weights_in_parts_of_another_folder_are_refused(tmp_path):
     network, _ = transformers_network("ViTModel")
     network.save_pretrained(tmp_path, max_shard_size="50KB")
-    assert "max_shard_size" in refused(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    for files in ({"a": "../weights.safetensors"}, {"a": 3}, [], None):
+        index.write_text(json.dumps(whole | {"weight_map": files}))
+        assert "names no files of its folder" in refused(tmp_path)
+    index.write_text(json.dumps(whole))
+    next(tmp_path.glob("model-00001-*")).unlink()
+    assert "cannot be opened" in refused(tmp_path)
 
 
 def test_networks_of_transformers_without_a_cls_token_are_refused(tmp_path):

@@ -46,8 +46,8 @@ KINDS = (
     "zeros",
     "one cluster per query",
 )
-PROPERTY = settings(deadline=None, max_examples=100)
-EXPENSIVE = settings(deadline=None, max_examples=40)
+PROPERTY = settings(max_examples=100)
+EXPENSIVE = settings(max_examples=40)
 
 
 @contextmanager

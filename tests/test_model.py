@@ -540,7 +540,7 @@ def test_cosines_train_their_own_path_and_the_backbone(role):
         assert trained == name.startswith(prefixes), name
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 999), scale=st.floats(1e-3, 1e3), row=st.integers(0, 4))
 def test_the_norm_of_a_class_weight_has_no_effect(seed, scale, row):
     """Scaling a row changes no cosine, so the gradient is orthogonal to every row."""
@@ -655,7 +655,7 @@ def test_any_domain_name_works():
         assert torch.equal(copied.student_classifiers[name].weight, weight)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.text(st.sampled_from("@%.2E5keysa_"), min_size=1), unique=True))
 def test_domain_names_never_collide(names):
     modules = model.DomainModules({name: nn.Identity() for name in names})

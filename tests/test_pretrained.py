@@ -837,7 +837,7 @@ def test_a_constant_table_stays_constant(tmp_path, image):
     assert np.abs(table[1:] - weights["pos_embed"][0, 1]).max() < 1e-7
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(n=st.integers(1, 9), grid=st.integers(1, 9), seed=st.integers(0, 99))
 def test_resizing_is_linear_and_commutes_with_transposition(n, grid, seed):
     rng = np.random.default_rng(seed)

@@ -27,7 +27,7 @@ LOSSES = [0.0, 1e-6, 0.5, 2.0, 1e6]  # from a domain that is fully learned to on
 ROUNDING = 1e-9  # of sums of weights
 LONG = 2**16 + 1  # the shortest period that is not shuffled
 
-property_test = settings(deadline=None, max_examples=EXAMPLES)
+property_test = settings(max_examples=EXAMPLES)
 any_loss = st.one_of(st.sampled_from(LOSSES), st.floats(1e-12, 20))
 
 
