@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "equivalence.json"
 SETTING = "--device cpu --save-every 15"
 LIMIT = 1e-4  # of a tensor's largest weight
-TRAINED = "--frozen-epochs 0"  # the first epoch, in which the backbone is frozen, has more steps
+TRAINED = "--frozen-epochs 0"  # by default, the backbone is frozen in more steps than 40
 JOINT = f"{TRAINED} --method udon-joint"
 
 
@@ -48,8 +48,12 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case(TRAINED, 1, "--accumulate 4"),
+    Case("", 1, "--accumulate 4"),
     Case("", 2),
+    Case("", 3),
+    Case("", 2, "--accumulate 4"),
+    Case("--method udon-joint", 2),
+    Case(TRAINED, 1, "--accumulate 4"),
     Case(TRAINED, 2),
     Case(TRAINED, 3),
     Case(TRAINED, 2, "--accumulate 4"),
