@@ -407,14 +407,16 @@ def test_a_run_with_a_timm_model(tmp_path, uned):
 
 
 def test_a_checkpoint_of_another_backbone_is_refused(tmp_path):
-    """Its activation or its normalisation would be another."""
+    """Its activation or its normalisation would be another; and one of unknown interpolation."""
     pytest.importorskip("timm")
     vit = model.ViT(**SIZES)
     weights = {f"backbone.{key}": value for key, value in vit.state_dict().items()}
-    content = {"model": weights, "architecture": {"backbone": vit.architecture}}
-    torch.save(content, tmp_path / "best.pt")
-    with pytest.raises(pretrained.WeightsError, match="timm:test_vit as its backbone"):
-        pretrained.load(TimmBackbone("test_vit"), tmp_path / "best.pt")
+    odd = pretrained.HALF._replace(interpolation="nearest")._asdict()
+    for backbone in (vit.architecture, {"timm": "test_vit"}):
+        content = {"architecture": {"backbone": backbone}, "preprocessing": odd}
+        torch.save({"model": weights, **content}, tmp_path / "best.pt")
+        with pytest.raises(pretrained.WeightsError, match="timm:test_vit as its backbone"):
+            pretrained.load(TimmBackbone("test_vit"), tmp_path / "best.pt")
 
 
 BICUBIC = Config(preset="mini", model="timm:test_vit", init="scratch", image_size=64)

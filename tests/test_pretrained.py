@@ -592,7 +592,7 @@ def test_encoders_with_imagenet_statistics_are_recognised(tmp_path):
 
 # ---- configuration files beside the weights ------------------------------------------------------
 
-TIMM_STATISTICS = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+TIMM_STATISTICS = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear")
 TIMM_CONFIG = {
     "architecture": "vit_base_patch16_clip_quickgelu_224",
     "num_features": WIDTH,
@@ -620,7 +620,12 @@ JAX_CONFIG = {"hidden_act": "gelu_pytorch_tanh"}
     "family, files, activation, statistics",
     [
         ("timm_clip", {"config.json": TIMM_CONFIG}, "quick_gelu", TIMM_STATISTICS),
-        ("timm", {"config.json": OLD_TIMM_CONFIG}, "gelu", ((0.5, 0.5, 0.4), (1, 1, 1))),
+        (
+            "timm",
+            {"config.json": OLD_TIMM_CONFIG},
+            "gelu",
+            ((0.5, 0.5, 0.4), (1, 1, 1), "bilinear"),
+        ),
         ("timm", {"preprocessor_config.json": HF_PREPROCESSOR}, "gelu", IMAGENET),
         ("timm", {"config.json": JAX_CONFIG}, "gelu_tanh", HALF),
         ("clip", {"open_clip_config.json": OPEN_CLIP_CONFIG}, "gelu", HALF),
