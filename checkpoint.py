@@ -10,10 +10,11 @@ Copy with: export.py, model.py, timm_backbone.py, torch.
     python checkpoint.py export RUN student.pt     or student.onnx, or RUN/last.pt ...
 
 A checkpoint is a dictionary: "version", "model" (state dict), "architecture" (the arguments of
-`build`), "preprocessing" ({"mean", "std", "antialias"}), "step", "embedding", "index", "config"
-(the options of the run), "run" (its identity) and "class_names" ({domain: names of its training
-classes}, in the order of the classifiers); last.pt also holds the state of the optimizer and the
-sampler. An exported student has neither teachers nor classifiers; "card" is its model card.
+`build`), "preprocessing" ({"mean", "std", "interpolation", "antialias"}; an older one without
+"interpolation" is bilinear), "step", "embedding", "index", "config" (the options of the run), "run"
+(its identity) and "class_names" ({domain: names of its training classes}, in the order of the
+classifiers); last.pt also holds the state of the optimizer and the sampler. An exported
+student has neither teachers nor classifiers; "card" is its model card.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from torch import nn
 
 from export import TITLE, ExportError, card, onnx_network, plain
 from model import UDON, ViT
-from timm_backbone import TimmBackbone, TimmError
+from timm_backbone import INTERPOLATIONS, TimmBackbone, TimmError
 
 VERSION = 2
 BEST = "best.pt"  # of the directory of a run
@@ -193,6 +194,9 @@ def check_description(contents):
     mean, std, antialias = (contents["preprocessing"][x] for x in ("mean", "std", "antialias"))
     if not (len(mean) == len(std) == 3 and all(map(math.isfinite, (*mean, *std))) and min(std) > 0):
         raise ValueError("mean and std of the images are not three finite numbers each")
+    allowed = INTERPOLATIONS if antialias else ("bilinear",)
+    if contents["preprocessing"].get("interpolation", "bilinear") not in allowed:
+        raise ValueError(f"the interpolation of the images is none of {', '.join(allowed)}")
     choices = {"embedding": ("student", "teacher", "backbone"), "index": ("merged", "separate")}
     for name, values in choices.items():
         if contents[name] not in values:

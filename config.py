@@ -143,7 +143,7 @@ class Config:
     (paper section 4)."""
     antialias: bool = True
     """Antialias when images are downscaled; turn it off to match features of the official code,
-    which does not (TensorFlow's resize)."""
+    which does not (TensorFlow's resize). Models of timm that need bicubic images refuse that."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """Stop at an image that cannot be read, or skip up to 1 % of a split; those skipped are listed
     in skipped.json of the run."""

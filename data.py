@@ -73,6 +73,7 @@ from images import (
     prepare_train,
     printable,
     resize,
+    resizing,
     train_side,
 )
 
@@ -92,6 +93,7 @@ __all__ = [
     "printable",
     "processors",
     "resize",
+    "resizing",
     "same_file_rows",
     "share_bad_rows",
     "stream",
@@ -650,13 +652,15 @@ class TrainBatches(Dataset):
         seed: int,
         *,
         antialias: bool = True,
+        interpolation: str = "bilinear",
         min_area: float | None = None,
         share: slice = slice(None),
         keep: bool = True,
     ):
         self.splits, self.size, self.batch_size, self.seed = splits, size, batch_size, seed
         self.share = share
-        self.antialias, self.min_area, self.side = antialias, min_area, train_side(size)
+        self.antialias, self.interpolation = antialias, interpolation
+        self.min_area, self.side = min_area, train_side(size)
         needed = sum(len(split) for split in splits.values()) * 3 * self.side**2
         self.in_memory = keep and needed <= MEMORY_LIMIT
         self.pixels = None
@@ -670,7 +674,8 @@ class TrainBatches(Dataset):
         """(3, R, R) uint8, R = train_side(size). A reduced image cannot be sampled without
         antialiasing as the full one is."""
         image, box = split.reduced_image(row, self.side if self.antialias else None)
-        return prepare_train(image, self.size, self.antialias, box).transpose(2, 0, 1)
+        whole = prepare_train(image, self.size, self.antialias, box, self.interpolation)
+        return whole.transpose(2, 0, 1)
 
     def _usable(self, domain, row, position_seed):
         """`row` and its image (3, R, R), or those of another row if the image is bad."""
@@ -712,7 +717,8 @@ class TrainBatches(Dataset):
         else:
             image = Image.fromarray(whole.transpose(1, 2, 0))
             corners = (left, top, left + width, top + height)
-            crop = resize(image, self.size, self.size, box=corners).transpose(2, 0, 1)
+            crop = resize(image, self.size, self.size, True, corners, self.interpolation)
+            crop = crop.transpose(2, 0, 1)
         return crop[:, :, ::-1] if flip else crop
 
     def crops(self, domain: str, row: int, count: int) -> np.ndarray:
@@ -768,10 +774,12 @@ class TestImages(Dataset):
         size: int,
         *,
         antialias: bool = True,
+        interpolation: str = "bilinear",
         keep: bool = False,
         rows: np.ndarray | None = None,
     ):
-        self.split, self.size, self.antialias = split, size, antialias
+        self.split, self.size = split, size
+        self.antialias, self.interpolation = antialias, interpolation
         self.splits = {split.domain: split}
         self.rows = np.arange(len(split)) if rows is None else rows
         self.pixels = _decoded(split, size, self._prepared) if keep else None
@@ -779,7 +787,8 @@ class TestImages(Dataset):
     def _prepared(self, row):
         """(3, size, size) uint8."""
         image, box = self.split.reduced_image(row, self.size if self.antialias else None)
-        return prepare_test(image, self.size, self.antialias, box).transpose(2, 0, 1)
+        pixels = prepare_test(image, self.size, self.antialias, box, self.interpolation)
+        return pixels.transpose(2, 0, 1)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -68,18 +68,18 @@ class Embedded(NamedTuple):
 
 
 def open_sets(
-    benchmark: data.Benchmark, split: str, size: int, *, antialias: bool = True, keep: bool = False
+    benchmark: data.Benchmark, split: str, size: int, *, keep: bool = False, **resizing
 ) -> dict[str, TestSet]:
-    """The test sets of split "val", "test" or "all" at `size` pixels. With `keep` the decoded
-    images stay in memory for repeated use, where all of them fit into data.MEMORY_LIMIT bytes."""
+    """The test sets of split "val", "test" or "all" at `size` pixels; `resizing` as data.resizing
+    returns it. With `keep` the decoded images stay in memory for repeated use, where all of them
+    fit into data.MEMORY_LIMIT bytes."""
     splits = splits_of(benchmark, split)
     count = sum(len(part) for pair in splits.values() for part in set(pair))
     keep = keep and count * size * size * 3 <= data.MEMORY_LIMIT
     sets = {}
     for domain, pair in splits.items():
         images = {
-            part: data.TestImages(part, size, antialias=antialias, keep=keep)
-            for part in dict.fromkeys(pair)
+            part: data.TestImages(part, size, keep=keep, **resizing) for part in dict.fromkeys(pair)
         }
         sets[domain] = TestSet(*map(images.get, pair))
     return sets
@@ -517,7 +517,7 @@ def results_of(
         )
     size = contents["architecture"]["backbone"]["image_size"]
     preprocessing = contents["preprocessing"]
-    sets = open_sets(benchmark, options.split, size, antialias=preprocessing["antialias"])
+    sets = open_sets(benchmark, options.split, size, **data.resizing(preprocessing))
     same |= {"the checkpoint's run": contents["run"], "its step": contents["step"]}
     distributed.require_same(same | digests(sets))
     print(

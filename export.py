@@ -134,14 +134,14 @@ from PIL import Image, ImageOps
 image = ImageOps.exif_transpose(Image.open("a.jpg")).convert("RGB")
 width, height = (side * {size} // min(image.size) for side in image.size)
 left, top = (width - {size}) // 2, (height - {size}) // 2
-image = image.resize((width, height), Image.Resampling.BILINEAR)
+image = image.resize((width, height), Image.Resampling.{resampling})
 image = image.crop((left, top, left + {size}, top + {size}))
 images = numpy.asarray(image).transpose(2, 0, 1)[None]  # (B, 3, {size}, {size}) uint8
 session = onnxruntime.InferenceSession("{name}.onnx")
 (vectors,) = session.run(["vectors"], {{"images": images}})  # (B, {width}) float32
 ```
 
-Preprocessing: RGB; the short side resized to {size} pixels, bilinear, {antialias}; the
+Preprocessing: RGB; the short side resized to {size} pixels, {interpolation}, {antialias}; the
 central square; values in 0..1, less the mean {mean}, divided by {std}.
 `search.py` decodes large JPEG files at 1/2 to 1/8 of their size, which changes vectors slightly.
 
@@ -177,6 +177,7 @@ def card(contents: dict, results: dict | None) -> str:
     half = any(weight.dtype == torch.float16 for weight in contents["model"].values())
     architecture, config = contents["architecture"], contents["config"]
     preprocessing, is_timm = contents["preprocessing"], "timm" in architecture["backbone"]
+    interpolation = preprocessing.get("interpolation", "bilinear")  # absent from older files
     own = "TimmBackbone(*architecture.pop('backbone').values())"
     given = [f"{x} {config[x]}" for x in OPTIONS if x in config and (config[x] or x == "seed")]
     no_data = "the procedural domains" if "method" in config else "unknown"
@@ -194,6 +195,8 @@ def card(contents: dict, results: dict | None) -> str:
         files="`model.py` and `timm_backbone.py`" if is_timm else "`model.py`",
         imported="\nfrom timm_backbone import TimmBackbone" if is_timm else ", ViT",
         backbone=own if is_timm else 'ViT(**architecture.pop("backbone"))',
+        resampling=interpolation.upper(),
+        interpolation=interpolation,
         antialias="with antialiasing"
         if preprocessing["antialias"]
         else "without antialiasing, which Pillow's\nresize always applies",

@@ -80,7 +80,11 @@ class Views:
         self.images, self.splits, self.count = images, images.splits, count
         self.size = max(1, PASSES // (1 + count))
         self.tests = {
-            domain: data.TestImages(split, images.size, antialias=images.antialias)
+            domain: data.TestImages(
+                *(split, images.size),
+                antialias=images.antialias,
+                interpolation=images.interpolation,
+            )
             for domain, split in images.splits.items()
         }
 
@@ -273,6 +277,8 @@ def opened(path, mode="r+b"):
 
 def backbone_identity(model: UDON, preprocessing: dict) -> dict:
     """What the backbone's outputs for an image are a function of, as plain values by name."""
+    # An older checkpoint, and features of it, do not say that they are bilinear.
+    stated = [x for x in preprocessing.items() if x != ("interpolation", "bilinear")]
     digest = hashlib.sha256()
     for name, value in model.backbone.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -280,7 +286,7 @@ def backbone_identity(model: UDON, preprocessing: dict) -> dict:
     return {
         "the weights of the backbone": digest.hexdigest(),
         "the backbone": getattr(model.backbone, "architecture", None),
-        "the preprocessing": preprocessing,
+        "the preprocessing": dict(stated),
     }
 
 

@@ -127,7 +127,7 @@ def moments_of(
 ) -> tuple[Moments, torch.Tensor]:
     """The moments of at most 20 images of each class, and the means (C, D) of the classes."""
     some = images_of_each_class(split.classes)
-    images = data.TestImages(split, size, antialias=preprocessing["antialias"], rows=some)
+    images = data.TestImages(split, size, rows=some, **data.resizing(preprocessing))
     rows = evaluate.embed(model.embed_backbone, images, preprocessing, device).double()
     usable = images.usable_rows()
     rows, classes = rows[np.searchsorted(some, usable)], split.classes[usable]

@@ -1,6 +1,6 @@
 """Loads public ViT weights into `model.ViT`.
 
-    load(vit, path, *, activation=None, statistics=None) -> Preprocessing(mean, std)
+    load(vit, path, *, activation=None, statistics=None) -> Preprocessing
     STATISTICS  {name: Preprocessing}: "half", "imagenet", "clip"
     COMPACT     {size: path} of the project's own weights
 
@@ -51,10 +51,12 @@ class WeightsError(ValueError):
 
 
 class Preprocessing(NamedTuple):
-    """Statistics that images in [0, 1] are normalised with, per channel R, G, B."""
+    """Statistics that images in [0, 1] are normalised with, per channel R, G, B; and how they are
+    resized: "bilinear", or for models of timm also "bicubic" or "lanczos"."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    interpolation: str = "bilinear"
 
 
 HALF = Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -211,8 +213,8 @@ def load(
     activation: str | None = None,
     statistics: str | None = None,
 ) -> Preprocessing:
-    """Fills `vit`, a model.ViT or a timm_backbone.TimmBackbone, in place and returns the statistics
-    that its images need.
+    """Fills `vit`, a model.ViT or a timm_backbone.TimmBackbone, in place and returns the
+    preprocessing that its images need.
 
     path        .npz (AugReg), .safetensors, a file for torch.load(weights_only=True) or
                 torch.jit.load, or a folder with one of WEIGHT_FILES, such as save_pretrained
@@ -223,8 +225,9 @@ def load(
     Without these, config.json (timm, transformers), preprocessor_config.json and
     open_clip_config.json beside the file are read. A warning names the recognised family and where
     activation and statistics come from; checkpoints of this project need none. Another warning says
-    that the position table was resized to the ViT's grid. A TimmBackbone has an activation and,
-    unless given, statistics of its own; nothing is noted.
+    that the position table was resized to the ViT's grid. A TimmBackbone has an activation, an
+    interpolation and, unless given, statistics of its own, or those of the checkpoint that fills
+    it; nothing is noted.
     Sets the ViT's activation, norm_eps and pre_norm. Heads and text towers are ignored.
     Raises WeightsError, and leaves the ViT unchanged, for files of another kind, missing or unknown
     keys, shapes other than the ViT's, and tensors that are not finite floating-point numbers.
@@ -267,11 +270,12 @@ def _load_timm(
     checkpoint = _read(path, backbone.network.state_dict().keys())
     counters = "num_batches_tracked"  # of BatchNorm, integers
     check_tensors({k: v for k, v in checkpoint.weights.items() if not k.endswith(counters)})
-    preprocessing = Preprocessing(*backbone.statistics)
     if checkpoint.is_own:
-        preprocessing = _own_preprocessing(checkpoint.content, backbone.architecture["timm"])
+        own = _own_preprocessing(checkpoint.content, backbone.architecture["timm"])
+    else:
+        own = Preprocessing(*backbone.statistics, backbone.interpolation)
     backbone.fill(checkpoint.weights)
-    return preprocessing if statistics is None else STATISTICS[statistics]
+    return STATISTICS.get(statistics, own)._replace(interpolation=own.interpolation)
 
 
 def resize_position_table(table: Tensor, grid: int) -> Tensor:
@@ -561,11 +565,12 @@ def _own_preprocessing(content: Any, name: str) -> Preprocessing:
     try:
         is_same = content["architecture"]["backbone"]["timm"] == name
         preprocessing = _preprocessing(content["preprocessing"]) if is_same else None
+        interpolation = content["preprocessing"].get("interpolation", "bilinear")  # older: absent
     except (KeyError, TypeError, AttributeError):
         preprocessing = None
-    if preprocessing is None:
+    if preprocessing is None or interpolation not in ("bilinear", "bicubic", "lanczos"):
         raise WeightsError(f"not a checkpoint with timm:{name} as its backbone: give one")
-    return preprocessing
+    return preprocessing._replace(interpolation=interpolation)
 
 
 def _describe(family: Family, wrappers: tuple[str, ...]) -> str:

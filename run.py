@@ -49,7 +49,7 @@ class Run:
     config: Config
     model: UDON
     architecture: dict  # arguments of checkpoint.build
-    preprocessing: dict  # {"mean": (3), "std": (3), "antialias": bool}
+    preprocessing: dict  # {"mean": (3), "std": (3), "interpolation": str, "antialias": bool}
     optimizer: torch.optim.Optimizer
     sampler: DomainSampler
     device: str
@@ -360,25 +360,29 @@ def description(model: str, backbone: nn.Module | None) -> dict:
 
 
 def load_initial_weights(backbone, config) -> pretrained.Preprocessing:
-    """Fills the backbone as --init says, with notes as warnings."""
-    is_timm = config.model.startswith("timm:")
-    if is_timm and backbone.interpolation != "bilinear":
-        warnings.warn(
-            f"timm resizes images for {config.model} with {backbone.interpolation} interpolation, "
-            "here they are resized with bilinear interpolation",
-            stacklevel=2,
-        )
+    """Fills the backbone as --init says, with notes as warnings. Raises ConfigError where images
+    cannot be resized for it."""
     if config.init == "timm":
         backbone.download()
-    elif config.init != "scratch":
-        return pretrained.load(
+    if config.init in ("timm", "scratch"):
+        own = pretrained.HALF
+        if config.model.startswith("timm:"):
+            own = pretrained.Preprocessing(*backbone.statistics, backbone.interpolation)
+        found = pretrained.STATISTICS.get(config.init_statistics, own)
+        found = found._replace(interpolation=own.interpolation)
+    else:
+        found = pretrained.load(
             backbone,
             initial_weights(config),
             activation=config.init_activation,
             statistics=config.init_statistics,
         )
-    own = backbone.statistics if is_timm else pretrained.HALF
-    return pretrained.Preprocessing(*pretrained.STATISTICS.get(config.init_statistics, own))
+    if not config.antialias and found.interpolation != "bilinear":
+        raise ConfigError(
+            "--no-antialias resizes images with bilinear interpolation, but timm resizes those of "
+            f"{config.model} with {found.interpolation} interpolation: leave it out"
+        )
+    return found
 
 
 def initial_weights(config) -> str | Path:
@@ -415,6 +419,9 @@ class FrozenTeachers:
         return teacher, model.teacher_classifiers[domain]
 
 
+OLDER = {"interpolation": "bilinear"}  # of checkpoints whose preprocessing does not say it
+
+
 def load_teachers(config, classes, image_size, preprocessing, device) -> FrozenTeachers:
     """The teachers of --teachers. Raises ConfigError for teachers of other classes or images."""
     path, models, sources = Path(config.teachers), {}, {}
@@ -428,11 +435,11 @@ def load_teachers(config, classes, image_size, preprocessing, device) -> FrozenT
                 f"{count}: give teachers trained on the same data"
             )
         size = contents["architecture"]["backbone"]["image_size"]
-        if (size, contents["preprocessing"]) != (image_size, preprocessing):
+        theirs, ours = (OLDER | x for x in (contents["preprocessing"], preprocessing))
+        if (size, theirs) != (image_size, ours):
             raise ConfigError(
-                f"--teachers {path} take {size} pixels and {contents['preprocessing']}, the "
-                f"student {image_size} and {preprocessing}: train them with the same --image-size, "
-                "--init and --antialias"
+                f"--teachers {path} take {size} pixels and {theirs}, the student {image_size} and "
+                f"{ours}: train them with the same --image-size, --model, --init and --antialias"
             )
         models[domain], sources[domain] = model, [contents["run"], contents["step"]]
     return FrozenTeachers(models, sources)

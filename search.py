@@ -54,7 +54,7 @@ import checkpoint
 import data
 from folders import list_pictures
 from gallery import safe, thumbnail
-from images import InputError, as_shown, normalise, open_reduced, prepare_test, printable
+from images import InputError, as_shown, normalise, open_reduced, prepare_test, printable, resizing
 from kernels import cosine_topk
 
 BATCH = 128  # fixed: the last digits of an embedding depend on the shape of its batch
@@ -73,7 +73,7 @@ class Embedder:
     device    "auto": a GPU where there is one
     backbone  the module of a run that was trained with one of its own
     Attributes: `model`, `width`, S; `size`, the side of its images; `preprocessing`, {"mean",
-    "std", "antialias"}; `digest` of all these and the weights.
+    "std", "interpolation", "antialias"}; `digest` of all these and the weights.
     Raises checkpoint.CheckpointError for a file that cannot be used, InputError for a device.
     """
 
@@ -141,9 +141,9 @@ class Embedder:
 
     def _prepared(self, picture):
         """(3, size, size) uint8."""
-        antialias, box = self.preprocessing["antialias"], None
+        how, box = resizing(self.preprocessing), None
         if isinstance(picture, (str, os.PathLike)):
-            picture, box = open_reduced(picture, self.size if antialias else None)
+            picture, box = open_reduced(picture, self.size if how["antialias"] else None)
         elif isinstance(picture, Image.Image):
             picture = as_shown(picture)
         else:
@@ -154,7 +154,7 @@ class Embedder:
                     "in RGB, a PIL image or a file"
                 )
             picture = Image.fromarray(pixels)
-        return prepare_test(picture, self.size, antialias, box).transpose(2, 0, 1)
+        return prepare_test(picture, self.size, box=box, **how).transpose(2, 0, 1)
 
 
 def collected(batches, width) -> tuple[np.ndarray, dict[int, str]]:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+INTERPOLATIONS = ("bilinear", "bicubic", "lanczos")  # of timm's, those that are supported
+
 
 class TimmError(ValueError):
     """The model cannot be used: one sentence with the name, the reason and the remedy."""
@@ -32,7 +34,7 @@ class TimmBackbone(nn.Module):
     image_size  side of the images; 0 for the size at which timm's weights were trained. Position
                 tables are resized by timm.
     Attributes: `width`, D; `architecture`, {"timm": name, "image_size": side}, which rebuilds this
-    module; `statistics`; `interpolation`, with which timm resizes the images of this model.
+    module; `statistics`; `interpolation`, of INTERPOLATIONS, with which its images are resized.
     The network computes in evaluation mode in training, too. BatchNorm uses its stored statistics,
     since each batch holds images of one domain, whose statistics are not those of the others; there
     is no dropout and no stochastic depth, so that a run can be repeated and a batch divided.
@@ -56,7 +58,15 @@ class TimmBackbone(nn.Module):
 
     @property
     def interpolation(self) -> str:
-        return self.network.pretrained_cfg["interpolation"]
+        stated = self.network.pretrained_cfg["interpolation"]
+        if stated in INTERPOLATIONS:
+            return stated
+        warnings.warn(
+            f"timm resizes images for {self.name} with {stated} interpolation, here they are "
+            "resized with bicubic interpolation",
+            stacklevel=2,
+        )
+        return "bicubic"
 
     def fill(self, weights: Mapping[str, Tensor]) -> None:
         """Loads the weights of this model, at this image size or at timm's own.

@@ -428,7 +428,8 @@ def train_one(
     run.identity = distributed.agreed(run.identity)
     describe(run, splits, losses_of(run))
     size = run.architecture["backbone"]["image_size"]
-    open_sets = functools.partial(evaluate.open_sets, benchmark, antialias=config.antialias)
+    resizing = data.resizing(run.preprocessing)
+    open_sets = functools.partial(evaluate.open_sets, benchmark, **resizing)
     repeated = not config.freeze_backbone  # whether images are decoded more than once
     if config.freeze_backbone:
         directory = interruption.out / "features" / "test"  # the runs of --compare share it
@@ -438,7 +439,7 @@ def train_one(
     distributed.require_same(same)
     evaluate.check_validation(val_sets)
     evaluate.note_memory(test_sets, run.model.backbone.width)
-    batches = image_batches(config, splits, size, repeated)
+    batches = image_batches(config, splits, size, repeated, resizing)
     for note in benchmark.notes:
         print(f"note: {note}")
     if resume:
@@ -474,14 +475,14 @@ def write_config(config: Config) -> None:
     checkpoint.write_json(Path(config.out) / "config.json", dataclasses.asdict(config))
 
 
-def image_batches(config, splits, size, keep) -> data.TrainBatches:
+def image_batches(config, splits, size, keep, resizing) -> data.TrainBatches:
     """The training batches of images; with `keep`, these stay in memory where they fit."""
     return data.TrainBatches(
         *(splits, size, config.batch_size, config.seed),
-        antialias=config.antialias,
         min_area=config.min_area,
         share=distributed.share(config.batch_size),
         keep=keep,
+        **resizing,
     )
 
 

@@ -71,7 +71,7 @@ def embedded(options):
     preprocessing = contents["preprocessing"]
     image_size = contents["architecture"]["backbone"]["image_size"]
     benchmark = data.Benchmark(options.data)
-    sets = evaluate.open_sets(benchmark, "test", image_size, antialias=preprocessing["antialias"])
+    sets = evaluate.open_sets(benchmark, "test", image_size, **data.resizing(preprocessing))
     size = sum(len(part.index) for part in sets.values()) // GROUP * GROUP
     if size < TURN:
         raise data.InputError(

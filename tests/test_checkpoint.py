@@ -186,6 +186,7 @@ HEADS = {
     "head_layers": (10**6, 2, 0, None, "1"),
     "nonsense": (1,),
 }
+STATISTICS = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
 DESCRIPTION = {
     "model": ({}, None, [], {"backbone.cls_token": 3}),
     "architecture": ({}, None, []),
@@ -202,6 +203,8 @@ DESCRIPTION = {
         {"mean": (float("nan"),) * 3, "std": (0.5,) * 3, "antialias": True},
         {"mean": ("a",) * 3, "std": (0.5,) * 3, "antialias": True},
         {"mean": (0.5,) * 3, "std": (0.5,) * 3, "antialias": "yes"},
+        *(STATISTICS | {"antialias": True, "interpolation": x} for x in ("nearest", None, [], 2)),
+        STATISTICS | {"antialias": False, "interpolation": "bicubic"},
     ),
 }
 
@@ -233,6 +236,23 @@ def test_a_description_that_does_not_fit_is_refused(tmp_path, changes):
     with pytest.raises(CheckpointError, match="a.pt is incomplete") as error:
         checkpoint.load(tmp_path / "a.pt")
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_interpolations(tmp_path):
+    """Those that are known are loaded, another is named; older checkpoints have none."""
+    for name in ("bilinear", "bicubic", "lanczos"):
+        preprocessing = STATISTICS | {"antialias": True, "interpolation": name}
+        checkpoint.save(tmp_path / "a.pt", contents_of(preprocessing=preprocessing))
+        assert checkpoint.load(tmp_path / "a.pt")[1]["preprocessing"] == preprocessing
+    older = contents_of()["preprocessing"]
+    checkpoint.save(tmp_path / "a.pt", contents_of(preprocessing=older))
+    assert checkpoint.load(tmp_path / "a.pt")[1]["preprocessing"] == older
+    preprocessing["interpolation"] = "nearest"
+    checkpoint.save(tmp_path / "a.pt", contents_of(preprocessing=preprocessing))
+    with pytest.raises(
+        CheckpointError, match="interpolation .* none of bilinear, bicubic, lanczos"
+    ):
+        checkpoint.load(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("name", ["model", "architecture", "preprocessing", "step", "config"])

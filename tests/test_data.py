@@ -139,6 +139,25 @@ def test_crops_and_flips_vary(uned):
     )
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_images_and_crops_have_the_interpolation_of_the_model(uned, keep):
+    split, how = data.Benchmark(uned).split("birds", "train"), {"interpolation": "bicubic"}
+    tests = data.TestImages(split, SIZE, keep=keep, **how)
+    expected = data.prepare_test(split.image(3), SIZE, **how).transpose(2, 0, 1)
+    assert (tests[[3]].numpy()[0] == expected).all()
+    batches = data.TrainBatches({"birds": split}, SIZE, 4, SEED, min_area=1.0, keep=keep, **how)
+    whole = data.prepare_train(split.image(3), SIZE, **how)
+    assert (batches._usable("birds", 3, (0,))[1] == whole.transpose(2, 0, 1)).all()
+    boxes = batches._boxes(np.random.default_rng((SEED, 3)), 4)
+    for crop, (left, top, width, height) in zip(batches.crops("birds", 3, 4), boxes):
+        box = (left, top, left + width, top + height)
+        crops = [
+            data.resize(Image.fromarray(whole), SIZE, SIZE, True, box, **how)[:, ::step]
+            for step in (1, -1)
+        ]
+        assert any((crop == other.transpose(2, 0, 1)).all() for other in crops)
+
+
 @settings(max_examples=15)
 @given(least=st.floats(0.05, 1.0), step=st.integers(0, 1000))
 def test_resized_crops_keep_their_share(least, step):

@@ -192,7 +192,8 @@ def session(path):
 @pytest.fixture(scope="module", params=["half", "tiny"])
 def network(request, exported):
     """An exported network: half, of the run with its convolutional stem; tiny, of a ViT as
-    published, in single precision. Its path, the model and the contents of its checkpoint."""
+    published, in single precision, on bicubic images. Its path,
+    the model and the contents of its checkpoint."""
     pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
     source = exported / f"{request.param}.pt"
     if request.param == "tiny":
@@ -202,6 +203,8 @@ def network(request, exported):
         architecture |= {"student_dim": 64, "head_layers": 1}
         contents = checkpoint.read(exported / "half.pt")
         contents |= {"model": model.state_dict(), "architecture": architecture}
+        contents["preprocessing"] = contents["preprocessing"] | {"interpolation": "bicubic"}
+        contents["card"] = export.card(contents, None)
         checkpoint.save(source, contents)
     checkpoint.export(source, source.with_suffix(".onnx"), half=request.param == "half")
     return source.with_suffix(".onnx"), *checkpoint.load(source)
@@ -226,6 +229,7 @@ def test_onnx_equals_torch_for_any_batch(network):
 def test_the_lines_of_the_card_for_onnx(network, tmp_path, monkeypatch):
     path, model, contents = network
     session(path)
+    assert f"pixels, {contents['preprocessing']['interpolation']}, with anti" in contents["card"]
     for file in (path, path.with_suffix(".md")):
         shutil.copy(file, tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -219,8 +219,10 @@ def test_features_of_test_images_are_found_again(uned, tmp_path):
     assert images in known and known[images].shape == (20, 96)
     assert data.TestImages(images.split, SIZE + 1) not in known
     assert evaluate.open_sets(data.Benchmark(uned), "test", SIZE)["cars"].queries not in known
-    changed = {**preprocessing, "std": (0.4,) * 3}
-    assert images not in features.TestFeatures(tmp_path, model, changed)
+    for change in ({"std": (0.4,) * 3}, {"interpolation": "bicubic"}):
+        assert images not in features.TestFeatures(tmp_path, model, preprocessing | change)
+    older = {name: preprocessing[name] for name in ("mean", "std", "antialias")}  # is bilinear
+    assert images in features.TestFeatures(tmp_path, model, older)
     os.truncate(known.path(images), 500)
     known = features.TestFeatures(tmp_path, model, preprocessing)
     assert images not in known
@@ -434,7 +436,10 @@ def test_features_of_another_run_are_refused(uned, finished, tmp_path, capsys, c
 
 
 def test_features_of_an_equal_run_are_used_again(uned, finished, tmp_path):
+    """Also those of an older version, whose bilinear preprocessing did not say so."""
     (tmp_path / "features").symlink_to(finished[0] / "features")
+    identity = json.loads((tmp_path / "features" / "about.json").read_text())["identity"]
+    assert identity["the preprocessing"].keys() == {"mean", "std", "antialias"}
     assert "through the backbone" not in train(tmp_path, data=uned, method="usc", head_lr=0.1)
 
 

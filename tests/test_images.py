@@ -241,17 +241,23 @@ def test_training_side_of_the_paper():
     assert images.train_side(224) == 256
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
 @pytest.mark.parametrize(
     "width, height, left, top, scaled",
     [(60, 40, 4, 0, (24, 16)), (40, 61, 0, 4, (16, 24)), (16, 16, 0, 0, (16, 16))],
 )
-def test_centre_crop(width, height, left, top, scaled):
-    """Short side to 16, other side int(ratio x 16), then the centre with floored offset."""
+def test_centre_crop(width, height, left, top, scaled, interpolation):
+    """Short side to 16, other side int(ratio x 16), then the centre with floored offset. Training
+    images are resized with the same interpolation."""
     image = Image.fromarray(
         np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     )
-    whole = np.asarray(image.resize(scaled, Image.Resampling.BILINEAR))
-    assert (images.prepare_test(image, 16) == whole[top : top + 16, left : left + 16]).all()
+    method, how = Image.Resampling[interpolation.upper()], {"interpolation": interpolation}
+    whole = np.asarray(image.resize(scaled, method))
+    assert (images.prepare_test(image, 16, **how) == whole[top : top + 16, left : left + 16]).all()
+    assert (
+        images.prepare_train(image, 14, **how) == np.asarray(image.resize((16, 16), method))
+    ).all()
 
 
 @settings(max_examples=40)
@@ -282,6 +288,13 @@ def test_resize_with_antialias_is_torchs():
     assert abs(ours - theirs).max() <= 1.0
 
 
+def test_preprocessing_that_does_not_tell_the_interpolation_is_bilinear():
+    older = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "antialias": False}
+    assert images.resizing(older) == {"antialias": False, "interpolation": "bilinear"}
+    stated = {"antialias": True, "interpolation": "bicubic"}
+    assert images.resizing(older | stated) == stated
+
+
 def test_normalise():
     batch = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(2, 3, 1, 1)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.5, 0.1)
@@ -294,15 +307,18 @@ def test_normalise():
 # Size of the output, not of the input -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize(
+    "antialias, interpolation", [(True, "bilinear"), (True, "bicubic"), (False, "bilinear")]
+)
 @pytest.mark.parametrize("width, height", [(700, 5), (5, 700), (2000, 16), (65, 1000)])
-def test_thin_images_are_cropped_before_they_are_resized(width, height, antialias):
+def test_thin_images_are_cropped_before_they_are_resized(width, height, antialias, interpolation):
     """The same pixels, within a level, as of the whole image resized and then cropped."""
     image, size = photo(width, height), 16
     scaled = [max(size, int(side * size / min(width, height))) for side in (width, height)]
     left, top = ((side - size) // 2 for side in scaled)
-    whole = images.resize(image, *scaled, antialias).astype(int)[top : top + size]
-    error = abs(images.prepare_test(image, size, antialias) - whole[:, left : left + size])
+    how = {"antialias": antialias, "interpolation": interpolation}
+    whole = images.resize(image, *scaled, **how).astype(int)[top : top + size]
+    error = abs(images.prepare_test(image, size, **how) - whole[:, left : left + size])
     assert error.max() <= 1, f"{error.max()} levels"
 
 
@@ -320,15 +336,18 @@ assert peak() - before < {THIN_MEMORY}, peak() - before
 
 @pytest.mark.parametrize("orientation", [1, 3, 5, 6, 7, 8])
 @pytest.mark.parametrize("width, height, reduced", [(800, 600, 4), (803, 601, 4), (401, 603, 2)])
-def test_jpegs_are_decoded_at_a_reduced_scale(tmp_path, width, height, reduced, orientation):
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_jpegs_are_decoded_at_a_reduced_scale(
+    tmp_path, width, height, reduced, orientation, interpolation
+):
     exif, size, file = Image.Exif(), 112, tmp_path / "a.jpg"
     exif[0x0112] = orientation
     photo(width, height).save(file, exif=exif, quality=90)
-    whole = images.open_image(file)
+    whole, how = images.open_image(file), {"interpolation": interpolation}
     for prepare, needed in ((images.prepare_test, size), (images.prepare_train, 128)):
         image, box = images.open_reduced(file, needed)
         assert image.size == tuple(-(-side // reduced) for side in whole.size)
-        error = abs(levels(prepare(image, size, box=box)) - prepare(whole, size))
+        error = abs(levels(prepare(image, size, box=box, **how)) - prepare(whole, size, **how))
         largest, mean = REDUCED_TOLERANCE
         assert error.max() <= largest and error.mean() <= mean, (error.max(), error.mean())
 

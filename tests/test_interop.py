@@ -3,8 +3,10 @@ the same images, with random weights of tiny sizes. Nothing is downloaded. The p
 of the extra `interop`; tests of a package that is not installed are skipped."""
 
 import contextlib
+import dataclasses
 import functools
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,19 +15,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import checkpoint
 import data
 import evaluate
 import flax_weights
+import hubconf
 import model
 import pretrained
 import run
+import search
 import timm_backbone
 import udon
 from benchmarks import jax_step
-from config import Config
+from config import Config, ConfigError
 from timm_backbone import TimmBackbone, TimmError
 
 ROOT = Path(__file__).parents[1]
@@ -146,7 +151,7 @@ def test_transformers_statistics_come_from_the_preprocessor(tmp_path):
     network.save_pretrained(tmp_path)
     statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(statistics))
-    assert loaded(tmp_path)[1] == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert loaded(tmp_path)[1] == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear")
 
 
 def refused(path, **options):
@@ -296,7 +301,7 @@ def test_any_timm_model_is_a_backbone(tmp_path, name, size):
     preprocessing = pretrained.load(backbone, tmp_path / "weights.pth")
     network.reset_classifier(0)
     settings = network.pretrained_cfg
-    assert preprocessing == (settings["mean"], settings["std"])
+    assert preprocessing == tuple(settings[x] for x in ("mean", "std", "interpolation"))
     assert backbone.architecture == {"timm": name, "image_size": size or 160}
     images = random_images(size or 160)
     with torch.inference_mode():
@@ -322,7 +327,8 @@ def test_the_trunk_of_an_open_clip_tower_is_loaded_into_a_timm_model(tmp_path):
     weights |= {"visual.head.proj.weight": torch.zeros(8, 64), "logit_scale": torch.zeros(())}
     torch.save(weights, tmp_path / "weights.pth")
     backbone = TimmBackbone("test_convnext").eval()
-    assert pretrained.load(backbone, tmp_path / "weights.pth", statistics="clip") == pretrained.CLIP
+    preprocessing = pretrained.load(backbone, tmp_path / "weights.pth", statistics="clip")
+    assert preprocessing == pretrained.CLIP._replace(interpolation="bicubic")
     with torch.inference_mode():
         assert_equal_features(backbone, network(random_images(160)), random_images(160))
 
@@ -456,24 +462,121 @@ def test_a_run_with_a_timm_model(tmp_path, uned):
 
 
 def test_a_checkpoint_of_another_backbone_is_refused(tmp_path):
-    """Its activation or its normalisation would be another."""
+    """Its activation or its normalisation would be another; and one of unknown interpolation."""
     pytest.importorskip("timm")
     vit = model.ViT(**SIZES)
     weights = {f"backbone.{key}": value for key, value in vit.state_dict().items()}
-    content = {"model": weights, "architecture": {"backbone": vit.architecture}}
-    torch.save(content, tmp_path / "best.pt")
-    with pytest.raises(pretrained.WeightsError, match="timm:test_vit as its backbone"):
-        pretrained.load(TimmBackbone("test_vit"), tmp_path / "best.pt")
+    odd = pretrained.HALF._replace(interpolation="nearest")._asdict()
+    for backbone in (vit.architecture, {"timm": "test_vit"}):
+        content = {"architecture": {"backbone": backbone}, "preprocessing": odd}
+        torch.save({"model": weights, **content}, tmp_path / "best.pt")
+        with pytest.raises(pretrained.WeightsError, match="timm:test_vit as its backbone"):
+            pretrained.load(TimmBackbone("test_vit"), tmp_path / "best.pt")
 
 
-def test_a_timm_model_of_other_interpolation_is_noted(capsys):
+BICUBIC = Config(preset="mini", model="timm:test_vit", init="scratch", image_size=64)
+
+
+@pytest.mark.parametrize(
+    "name, interpolation",
+    [("test_vit", "bicubic"), ("test_byobnet", "bicubic"), ("test_resnet", "bilinear")],
+)
+def test_test_images_are_those_of_timms_transform(name, interpolation):
+    timm_data = pytest.importorskip("timm.data")
+    backbone = TimmBackbone(name)
+    settings = timm_data.resolve_data_config(pretrained_cfg=backbone.network.pretrained_cfg)
+    settings |= {"input_size": (3, 64, 64), "crop_pct": 1.0}  # without a margin
+    transform = timm_data.create_transform(**settings)
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
+    options = dataclasses.replace(BICUBIC, model=f"timm:{name}")
+    preprocessing = run.build_model(options, {"a": 3})[2]
+    assert preprocessing["interpolation"] == interpolation
+    ours = data.prepare_test(Image.fromarray(pixels), 64, **data.resizing(preprocessing))
+    ours = torch.tensor(ours).permute(2, 0, 1)[None]
+    ours = data.normalise(ours, preprocessing["mean"], preprocessing["std"])[0]
+    assert (ours - transform(Image.fromarray(pixels))).abs().max() < TOLERANCE
+
+
+def test_a_timm_model_keeps_its_interpolation(capsys):
+    """Whatever the statistics; it is refused without antialiasing, and needs no note."""
     pytest.importorskip("timm")
-    options = Config(preset="mini", model="timm:test_vit", init="scratch", image_size=64)
+    options = dataclasses.replace(BICUBIC, init_statistics="imagenet")
     udon_model, architecture, preprocessing = run.build_model(options, {"a": 3})
-    assert "bicubic" in capsys.readouterr().out
-    assert preprocessing["mean"] == (0.5, 0.5, 0.5)
+    assert "note" not in capsys.readouterr().out
+    assert preprocessing == {
+        **pretrained.IMAGENET._asdict(),
+        "interpolation": "bicubic",
+        "antialias": True,
+    }
     again = checkpoint.build(architecture)
     again.load_state_dict(udon_model.state_dict())
+    with pytest.raises(ConfigError, match="--no-antialias .*timm:test_vit with bicubic"):
+        run.build_model(dataclasses.replace(BICUBIC, antialias=False), {"a": 3})
+
+
+def test_an_interpolation_that_is_not_supported_is_noted():
+    pytest.importorskip("timm")
+    backbone = TimmBackbone("test_vit", 64)
+    backbone.network.pretrained_cfg = backbone.network.pretrained_cfg | {"interpolation": "random"}
+    with pytest.warns(UserWarning, match="test_vit with random interpolation, here .* bicubic"):
+        assert run.load_initial_weights(backbone, BICUBIC).interpolation == "bicubic"
+
+
+@pytest.fixture
+def methods(monkeypatch):
+    """take() -> the interpolations with which Pillow has resized images since the last time."""
+    found, resize = set(), Image.Image.resize
+
+    def recorded(image, size, resample=None, **options):
+        found.add(resample)
+        return resize(image, size, resample, **options)
+
+    def take():
+        taken = {*found}
+        found.clear()
+        return taken
+
+    monkeypatch.setattr(Image.Image, "resize", recorded)
+    return take
+
+
+@pytest.mark.parametrize("kind", [["--min-area", "0.5"], ["--freeze-backbone", "--views", "2"]])
+def test_the_interpolation_of_a_run_is_used_everywhere(tmp_path, uned, methods, kind):
+    """Training, its evaluation and its start from images; evaluate.py, search.py, hubconf.py; and
+    the run as an older version wrote it, which is bilinear and stays so."""
+    pytest.importorskip("timm")
+    out, best = str(tmp_path / "run"), tmp_path / "run" / "best.pt"
+    options = ["--model", "timm:test_vit", "--image-size", "32", "--init", "scratch", *kind]
+    options += ["--data", str(uned), "--batch-size", "8", "--val-every", "100", "--workers", "0"]
+    options += ["--student-init", "pca", "--student-dim", "16", "--device", "cpu"]
+    udon.main(["train", *options, "--steps", "1", "--out", out])
+    for name in ("bicubic", "bilinear"):
+        method = {Image.Resampling[name.upper()]}
+        if name == "bicubic":
+            assert checkpoint.load(best)[1]["preprocessing"]["interpolation"] == name
+        else:
+            methods()
+            for file in (best, best.with_name("last.pt")):
+                contents = checkpoint.read(file)
+                del contents["preprocessing"]["interpolation"]
+                checkpoint.save(file, contents)
+            shutil.rmtree(tmp_path / "run" / "features", ignore_errors=True)
+            udon.main(["train", "--resume", "--steps", "2", "--out", out])
+            assert "interpolation" not in checkpoint.load(best)[1]["preprocessing"]
+        assert methods() == method, "training"
+        evaluate.main([str(best), "--data", str(uned)])
+        assert methods() == method, "evaluate.py"
+        folder, index = uned / "images" / "cars" / "val", tmp_path / f"{name}.npz"
+        search.main(["embed", str(best), str(folder), "--out", str(index)])
+        assert methods() == method, "search.py"
+        hubconf.udon(best, "cpu")[1](np.zeros((60, 80, 3), np.uint8))
+        assert methods() == method, "hubconf.py"
+        card = checkpoint.export(best, tmp_path / f"{name}.pt").read_text()
+        assert f"Resampling.{name.upper()})" in card and f"pixels, {name}, with" in card
+        search.Embedder(tmp_path / f"{name}.pt", "cpu").embed(np.zeros((1, 60, 80, 3), np.uint8))
+        assert methods() == method, "the exported student"
+        found = pretrained.load(TimmBackbone("test_vit", 32), best)
+        assert found.interpolation == name, "another run that starts from it"
 
 
 # official checkpoints, written by Flax ------------------------------------------------------------

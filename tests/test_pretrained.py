@@ -28,10 +28,10 @@ WIDTH, DEPTH, HEADS, IMAGE, PATCH = 48, 2, 3, 32, 8
 GRID, HIDDEN = IMAGE // PATCH, 4 * WIDTH
 STREAM = 0.02  # small values in the residual stream: LayerNorm epsilons 1e-5 and 1e-6 must differ
 TOLERANCE = 2e-5  # absolute, on embeddings whose entries are about 1
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-FAMILIES = {  # activation, LayerNorm epsilon, norm before the blocks, (mean, std)
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear")
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), "bilinear")
+FAMILIES = {  # activation, LayerNorm epsilon, norm before the blocks, mean, std and interpolation
     "augreg": ("gelu_tanh", 1e-6, False, HALF),
     "augreg_variant": ("gelu_tanh", 1e-6, False, HALF),
     "timm": ("gelu", 1e-6, False, HALF),
@@ -592,7 +592,7 @@ def test_encoders_with_imagenet_statistics_are_recognised(tmp_path):
 
 # ---- configuration files beside the weights ------------------------------------------------------
 
-TIMM_STATISTICS = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+TIMM_STATISTICS = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear")
 TIMM_CONFIG = {
     "architecture": "vit_base_patch16_clip_quickgelu_224",
     "num_features": WIDTH,
@@ -620,7 +620,12 @@ JAX_CONFIG = {"hidden_act": "gelu_pytorch_tanh"}
     "family, files, activation, statistics",
     [
         ("timm_clip", {"config.json": TIMM_CONFIG}, "quick_gelu", TIMM_STATISTICS),
-        ("timm", {"config.json": OLD_TIMM_CONFIG}, "gelu", ((0.5, 0.5, 0.4), (1, 1, 1))),
+        (
+            "timm",
+            {"config.json": OLD_TIMM_CONFIG},
+            "gelu",
+            ((0.5, 0.5, 0.4), (1, 1, 1), "bilinear"),
+        ),
         ("timm", {"preprocessor_config.json": HF_PREPROCESSOR}, "gelu", IMAGENET),
         ("timm", {"config.json": JAX_CONFIG}, "gelu_tanh", HALF),
         ("clip", {"open_clip_config.json": OPEN_CLIP_CONFIG}, "gelu", HALF),
@@ -1299,7 +1304,7 @@ def test_own_checkpoints_carry_their_family_and_statistics(tmp_path):
     preprocessing, notes = load_with_notes(target, path)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(target(images), source(images)), "weights, activation or epsilon differ"
-    assert preprocessing == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)) and notes == []
+    assert preprocessing == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear") and notes == []
 
 
 def test_options_override_own_checkpoints(tmp_path):
@@ -1360,7 +1365,7 @@ def test_the_backbone_of_a_checkpoint_can_be_extracted(tmp_path):
     weights = torch.load(path, weights_only=True)["model"]
     assert all(key.startswith("backbone.") for key in weights)
     assert {value.dtype for value in weights.values()} == {torch.float16}
-    assert load_with_notes(target, path) == (((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), [])
+    assert load_with_notes(target, path) == (((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear"), [])
     for key, value in target.state_dict().items():
         assert torch.equal(value, source.state_dict()[key].half().float()), key
 

@@ -19,6 +19,7 @@ from model import SIZES, UDON, ViT
 
 CLASSES = {"birds": 5, "cars": 3}
 HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "antialias": True}
+HALF["interpolation"] = "bilinear"
 TINY = dict(image_size=16, patch_size=8, width=24, depth=2, heads=2)
 SMALL = dict(preset="micro", init="scratch", image_size=32)
 
@@ -290,8 +291,9 @@ def save(path, model, **changes):
 
 
 def test_teachers_are_loaded_from_a_directory_of_runs(tmp_path):
-    for domain, model in specialists().items():
-        save(tmp_path / domain / "best.pt", model)
+    older = {name: value for name, value in HALF.items() if name != "interpolation"}
+    for (domain, model), preprocessing in zip(specialists().items(), (HALF, older)):
+        save(tmp_path / domain / "best.pt", model, preprocessing=preprocessing)
     config = Config(method="distill", teachers=str(tmp_path))
     teachers = run.load_teachers(config, CLASSES, 16, HALF, "cpu")
     images = torch.randn(2, 3, 16, 16)
@@ -308,6 +310,7 @@ def test_teachers_are_loaded_from_a_directory_of_runs(tmp_path):
         ({"birds": 5, "cars": 4}, 16, HALF, "know 3 classes of domain cars, which has 4"),
         ({"birds": 5}, 48, HALF, "take 16 pixels .* 48"),
         ({"birds": 5}, 16, {**HALF, "antialias": False}, "--init and --antialias"),
+        ({"birds": 5}, 16, {**HALF, "interpolation": "bicubic"}, "bicubic.*the same .*--model"),
         ({"plants": 5}, 16, HALF, "plants"),
     ],
 )

@@ -96,7 +96,8 @@ def expected_vectors(run, paths):
     statistics = about["preprocessing"]
     rows = []
     for path in paths:
-        pixels = torch.tensor(images.prepare_test(images.open_image(path), 32)).permute(2, 0, 1)
+        image, how = images.open_image(path), images.resizing(statistics)
+        pixels = torch.tensor(images.prepare_test(image, 32, **how)).permute(2, 0, 1)
         batch = images.normalise(pixels[None], statistics["mean"], statistics["std"])
         with torch.no_grad():
             rows.append(model.embed(batch)[0].numpy())
@@ -187,18 +188,23 @@ def test_a_backbone_of_ones_own(student_run, album, tmp_path):
         search.Embedder(tmp_path / "own.pt", "cpu")
 
 
-def test_the_digest_is_of_what_determines_a_vector(student_run, embedder, tmp_path):
-    """The same for the exported student; another one for other weights or preprocessing."""
+def test_the_digest_is_of_what_determines_a_vector(student_run, embedder, album, tmp_path):
+    """The same for the exported student; another one for other weights or preprocessing, which
+    also changes the vectors."""
     checkpoint.export(student_run, tmp_path / "student.pt")
     checkpoint.export(student_run, tmp_path / "half.pt", half=True)
     written = checkpoint.read(student_run / "best.pt")
-    written["preprocessing"] = written["preprocessing"] | {"antialias": False}
-    checkpoint.save(tmp_path / "other.pt", written)
-    digests = [
-        search.Embedder(tmp_path / f"{name}.pt", "cpu").digest
-        for name in ("student", "half", "other")
-    ]
-    assert digests[0] == embedder.digest and len({*digests}) == 3
+    for name, value in (("antialias", False), ("interpolation", "bicubic")):
+        changed = written["preprocessing"] | {name: value}
+        checkpoint.save(tmp_path / f"{name}.pt", written | {"preprocessing": changed})
+    names, photo = ("student", "half", "antialias", "interpolation"), [album / "one.png"]
+    others = {name: search.Embedder(tmp_path / f"{name}.pt", "cpu") for name in names}
+    digests = [other.digest for other in others.values()]
+    assert digests[0] == embedder.digest and len({*digests}) == 4
+    for name in names[2:]:
+        expected = expected_vectors(tmp_path / f"{name}.pt", photo)
+        assert np.abs(others[name].embed(photo) - expected).max() < 1e-6
+        assert np.abs(embedder.embed(photo) - expected).max() > 1e-4
 
 
 # Domains and classes of a directory ---------------------------------------------------------------
