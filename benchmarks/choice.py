@@ -137,9 +137,12 @@ def line(found, base: str, setting: str, change: str) -> list[str]:
 
 
 def outcome(found, base: str, changes: dict[str, str], half: str, other: str) -> str:
-    """What the setting that validation on `half` chooses does on the other half."""
+    """What the setting that validation on `half` chooses does on the other half. Settings are
+    compared by the seeds that all of them have."""
+    seeds = set.intersection(*(set(found[half][name]) for name in changes))
     means = {
-        name: statistics.fmean(map(validation, found[half][name].values())) for name in changes
+        name: statistics.fmean(validation(found[half][name][seed]) for seed in seeds)
+        for name in changes
     }
     best = max(means, key=means.get)
     text = f"- Chosen on the {half} half: {named(base, changes[best])}. On the {other} half"

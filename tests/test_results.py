@@ -15,6 +15,7 @@ from benchmarks import (
     choice,
     defaults,
     embedding,
+    equivalence,
     estimates,
     frozen,
     jax_step,
@@ -109,10 +110,9 @@ def test_one_training_step():
     }
 
 
-@pytest.mark.parametrize(
-    "name, module", [("jax step", jax_step), ("embedding", embedding), ("loader", loader)]
-)
-def test_tables_of_speed(name, module):
+@pytest.mark.parametrize("module", [jax_step, embedding, loader, equivalence])
+def test_tables_of_one_file(module):
+    name = module.__name__.split(".")[1].replace("_", " ")
     file = RESULTS / f"{name.replace(' ', '_')}.json"
     assert marked(name) == module.table(recorded(file))
 
