@@ -69,7 +69,7 @@ PAIRS = (
     ("ujc", "ujc-plain"),
     ("udon", "udon-plain"),
     ("usc", "usc-plain"),
-    ("udon-joint-plain", "ujc-plain-size"),
+    ("ujc-size", "ujc-plain-size"),
     ("udon-joint-plain", "udon-joint-plain-rr"),
     ("udon-joint-plain-lda", "udon-joint-plain"),
 )
