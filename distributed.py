@@ -157,13 +157,14 @@ def store() -> dist.Store:
 def awaited(key: str) -> str:
     """A text that another process sets. Raises PeerError if one has ended before it did so."""
     deadline = time.monotonic() + TIMEOUT.total_seconds()
-    while not store().check([key]):
-        if cause := failure():
-            raise cause
-        if time.monotonic() > deadline:
-            raise silence(f"{key} is not known after {TIMEOUT}")
-        time.sleep(0.02)
-    return store().get(key).decode()
+    with messages():
+        while not store().check([key]):
+            if cause := failure():
+                raise cause
+            if time.monotonic() > deadline:
+                raise silence(f"{key} is not known after {TIMEOUT}")
+            time.sleep(0.02)
+        return store().get(key).decode()
 
 
 def remember(key: str, text: str) -> None:
@@ -269,10 +270,13 @@ def messages() -> Iterator[None]:
 def silence(reason: str) -> PeerError:
     """The PeerError of a message that has failed although no process is known to have ended, as one
     that was killed on another machine. Those that are left say that they are."""
-    store().set(f"left {os.environ['RANK']}", "")
-    time.sleep(PATIENCE)
-    silent = [str(n) for n in range(started()) if not store().check([f"left {n}"])]
-    who = f"rank {' and '.join(silent)}" if silent else "another process"
+    try:
+        store().set(f"left {os.environ['RANK']}", "")
+        time.sleep(PATIENCE)
+        silent = [str(n) for n in range(started()) if not store().check([f"left {n}"])]
+    except RuntimeError:  # the machine that holds the store is gone
+        silent = []
+    who = " and ".join(f"rank {number}" for number in silent) or "another process"
     cause = f"{who} does not answer ({reason})"
     return announced(cause) if first_to_end(1) else PeerError(cause)
 

@@ -343,14 +343,18 @@ def _read(path: Path, names: Collection[str] = ()) -> Checkpoint:
 def _read_parts(path: Path) -> dict[str, Tensor]:
     """The tensors of the files beside an index of transformers that it names."""
     files = _read_json(path).get("weight_map")
-    files = set(files.values()) if isinstance(files, dict) else {None}
-    if not all(isinstance(name, str) and Path(name).name == name for name in files):
+    files = list(files.values()) if isinstance(files, dict) else []
+    plain = (isinstance(name, str) and name not in ("", "..") for name in files)
+    if not files or not all(plain) or any(Path(name).name != name for name in files):
         raise WeightsError(
             f"{path.name} names no files of its folder, in weight_map: download it again"
         )
     tensors = {}
-    for name in sorted(files):
-        content, _ = _read_file(path.with_name(name))
+    for name in sorted(set(files)):
+        try:
+            content, _ = _read_file(path.with_name(name))
+        except WeightsError as error:
+            raise WeightsError(f"its part {name!r}: {error}") from None
         tensors |= content if isinstance(content, dict) else {}
     return tensors
 

@@ -318,22 +318,26 @@ def build_model(
 
 def check_own(backbone: nn.Module, config: Config) -> None:
     """Raises ConfigError for a backbone of one's own that does not turn two black images into two
-    vectors, or whose layers do not allow that batches are divided."""
+    vectors."""
     name, side = f"the backbone {type(backbone).__name__}", config.image_size
     width = getattr(backbone, "width", None)
     if not isinstance(width, numbers.Integral) or width < 1:
         raise ConfigError(f"{name} has the width {width}: set it to the number of its outputs")
     if config.model.startswith("timm:"):
         raise ConfigError(f"{name} is given with --model {config.model}: leave out one of them")
-    device = next((parameter.device for parameter in backbone.parameters()), "cpu")
+    device = next((parameter.device for parameter in backbone.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        raise ConfigError(f"{name} has no values, it is on the device meta: load its weights first")
+    backbone.eval()
     try:
         with torch.no_grad():
-            found = backbone.eval()(torch.zeros(2, 3, side, side, device=device))
+            found = backbone(torch.zeros(2, 3, side, side, device=device))
     except Exception as error:  # whatever a module of the user's raises
         raise ConfigError(
             f"{name} takes no float32 images (2, 3, {side}, {side}) ({checkpoint.summary(error)}): "
             "mend it, or give the --image-size that it takes"
         ) from None
+    backbone.train()
     is_tensor = isinstance(found, torch.Tensor)
     if not is_tensor or found.shape != (2, width) or found.dtype != torch.float32:
         what = f"{found.dtype} {tuple(found.shape)}" if is_tensor else type(found).__name__
@@ -341,14 +345,27 @@ def check_own(backbone: nn.Module, config: Config) -> None:
             f"{name} of width {width} turns two images into {what}: let it return a tensor of "
             f"float32 values (2, {width})"
         )
-    kinds = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd
-    layers = [m for m in backbone.train().modules() if isinstance(m, kinds) and m.training]
-    if layers and (distributed.size() > 1 or config.accumulate > 1):
-        raise ConfigError(
-            f"{name} has layers such as {layers[0]}, whose results change when a batch is divided: "
-            "replace them (BatchNorm by GroupNorm), keep them in evaluation mode, or train with "
-            "one process and --accumulate 1"
-        )
+
+
+def check_divisible(backbone: nn.Module, config: Config) -> None:
+    """Raises ConfigError for layers of a backbone of one's own whose results would change because
+    batches are divided among processes, or by --accumulate."""
+    if config.freeze_backbone or (distributed.size() == 1 and config.accumulate == 1):
+        return
+    backbone.train()
+    for layer in backbone.modules():
+        changes = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        if isinstance(layer, nn.modules.dropout._DropoutNd):
+            changes = layer.p > 0
+        elif isinstance(layer, nn.MultiheadAttention):
+            changes = layer.dropout > 0
+        if changes and layer.training:
+            raise ConfigError(
+                f"the backbone {type(backbone).__name__} has layers such as {layer}, whose results "
+                "change when a batch is divided: replace them (BatchNorm by GroupNorm), keep them "
+                "in evaluation mode in its method train(), or train with one process and "
+                "--accumulate 1"
+            )
 
 
 def description(model: str, backbone: nn.Module | None) -> dict:
@@ -476,6 +493,9 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None
     """Raises an error unless `state` is of an optimizer with the same parameters and settings:
     load_state_dict checks neither, and AdamW's kernel does not check the sizes of its moments."""
     for group, saved in zip(optimizer.state_dict()["param_groups"], state["param_groups"]):
+        counts = len(group["params"]), len(saved["params"])
+        if counts[0] != counts[1]:
+            raise ValueError(f"{counts[0]} parameters are trained, there {counts[1]} were")
         if group | {"lr": None} != saved | {"lr": None}:
             raise ValueError("the settings of the optimizer are others")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -554,6 +574,8 @@ def build_run(
     device = evaluate.find_device(config.device)
     if device == "cpu":
         keep_freed_memory()
+    if backbone is not None:
+        check_divisible(backbone, config)
     classes = {domain: split.num_classes for domain, split in splits.items()}
     digests = {domain: split.digest() for domain, split in splits.items()}
     distributed.require_same(

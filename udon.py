@@ -344,8 +344,9 @@ def train(config: Config, resume: bool = False, backbone: nn.Module | None = Non
               of config.model and config.init. Images have the side config.image_size and the
               statistics config.init_statistics, 0.5 without it. It is trained in place, and needed
               again to resume and for checkpoint.load(path, backbone=module). What of it does not
-              require a gradient stays as it is. With BatchNorm or dropout in training mode, batches
-              cannot be divided among processes or by config.accumulate.
+              require a gradient stays as it is, and must be the same to resume. With BatchNorm or
+              dropout in training mode, batches cannot be divided among processes or by
+              config.accumulate.
 
     Then trains the methods of config.compare with the same options, and prints all in one table.
     Returns the contents of test.json. With `resume`, continues from last.pt in config.out; the
@@ -458,7 +459,8 @@ def train_one(
         if distributed.rank() == 0:
             write_config(config)
             (run.out / "stopped.json").unlink(missing_ok=True)
-        with products("high"), run.freezing():
+        gpus = [run.device] if run.device.startswith("cuda") else []
+        with products("high"), run.freezing(), torch.random.fork_rng(gpus):
             if config.freeze_backbone and run.step < run.steps:
                 batches = feature_batches(run, batches, interruption)
             with contextlib.closing(open_stream(run, batches)) as stream:  # ends the processes, too

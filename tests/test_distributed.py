@@ -339,6 +339,20 @@ def test_a_rank_that_is_killed_on_another_machine_is_named(uned, tmp_path, monke
     assert sentence.endswith("): start all processes again") and ended[0].status == 1
 
 
+def test_a_store_that_is_gone_ends_with_a_sentence(monkeypatch, capsys):
+    def gone():
+        raise RuntimeError("Broken pipe")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setattr(distributed, "store", gone)
+    monkeypatch.setattr(distributed, "PATIENCE", 0.0)
+    with pytest.raises(distributed.PeerError, match=r"another process does not answer \(Broken"):
+        distributed.awaited("device 0")
+    assert capsys.readouterr().err.count("does not answer") == 1
+
+
 def test_a_rank_that_never_joins_ends_the_others(uned, tmp_path):
     """As on a machine where --out holds no run to resume."""
 

@@ -173,12 +173,16 @@ def test_transformers_weights_in_parts_of_another_folder_are_refused(tmp_path):
     network.save_pretrained(tmp_path, max_shard_size="50KB")
     index = tmp_path / "model.safetensors.index.json"
     whole = json.loads(index.read_text())
-    for files in ({"a": "../weights.safetensors"}, {"a": 3}, [], None):
+    for name in ("../weights.safetensors", 3, [1], "", "..", "."):
+        index.write_text(json.dumps(whole | {"weight_map": {"a": name}}))
+        assert "names no files of its folder" in refused(tmp_path)
+    for files in ({}, [], None):
         index.write_text(json.dumps(whole | {"weight_map": files}))
         assert "names no files of its folder" in refused(tmp_path)
     index.write_text(json.dumps(whole))
     next(tmp_path.glob("model-00001-*")).unlink()
-    assert "cannot be opened" in refused(tmp_path)
+    assert "its part 'model-00001-" in (message := refused(tmp_path))
+    assert "cannot be opened" in message
 
 
 def test_networks_of_transformers_without_a_cls_token_are_refused(tmp_path):

@@ -772,6 +772,54 @@ def test_batches_of_random_layers_cannot_be_divided(uned, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "layer", [torch.nn.MultiheadAttention(12, 2, dropout=0.1), torch.nn.Dropout()]
+)
+def test_a_resumed_batch_of_random_layers_cannot_be_divided(uned, tmp_path, layer):
+    whole, network = own(uned, tmp_path, steps=2), Network()
+    network.layer = layer
+    udon.train(whole, backbone=network)
+    config = dataclasses.replace(whole, steps=4, accumulate=2)
+    with pytest.raises(udon.ConfigError, match="has layers such as"):
+        udon.train(config, resume=True, backbone=network)
+
+
+def test_batches_of_other_layers_can_be_divided(uned, tmp_path):
+    """Without dropout, in evaluation mode, or of a frozen backbone."""
+
+    class Still(Partial):
+        def train(self, mode=True):  # as some write it, without a return value
+            torch.nn.Module.train(self, mode)
+            self.norm.eval()
+            self.dropout.eval()
+
+    network = Network()
+    network.dropout = torch.nn.Dropout(0.0)
+    udon.train(own(uned, tmp_path / "a", steps=1, accumulate=2), backbone=network)
+    udon.train(own(uned, tmp_path / "b", steps=1, accumulate=2), backbone=Still())
+    frozen = own(uned, tmp_path / "c", steps=1, accumulate=2, freeze_backbone=True)
+    udon.train(frozen, backbone=Partial())
+
+
+def test_training_does_not_fix_the_random_numbers_of_the_program(uned, tmp_path):
+    """Modules that are made after it are as different as before it."""
+    networks, drawn = [Network(), Network()], []
+    for seed, network in enumerate(networks):
+        torch.manual_seed(seed)
+        udon.train(own(uned, tmp_path / str(seed), steps=2), backbone=network)
+        drawn.append(torch.rand(3))
+    assert not torch.equal(*drawn)
+
+
+def test_resuming_needs_the_same_fixed_parameters(uned, tmp_path):
+    config = own(uned, tmp_path, steps=2)
+    udon.train(config, backbone=Partial())
+    other = Partial()
+    other.fixed.requires_grad_(True)
+    with pytest.raises(rundir.RunError, match="parameters are trained, there"):
+        udon.train(dataclasses.replace(config, steps=3), resume=True, backbone=other)
+
+
 def returning(function, width=12):
     """A backbone that returns function(features)."""
 
@@ -794,6 +842,7 @@ def returning(function, width=12):
         (returning(lambda x: (x, x)), {}, "into tuple"),
         (returning(lambda x: x.double()), {}, "into torch.float64"),
         (returning(lambda x: x @ x), {}, r"takes no float32 images \(2, 3, 32, 32\) \(mat1"),
+        (Network().to("meta"), {}, "Network has no values, it is on the device meta"),
         (Network(), {"model": "timm:test_vit"}, "Network is given with --model timm:test_vit"),
     ],
     ids=str,
