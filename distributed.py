@@ -268,8 +268,9 @@ def messages() -> Iterator[None]:
 
 
 def silence(reason: str) -> PeerError:
-    """The PeerError of a message that has failed although no process is known to have ended, as one
-    that was killed on another machine. Those that are left say that they are."""
+    """The PeerError of a message that has failed although no process is known to have ended, for
+    example because one was killed on another machine. Every process that is left sets a key of the
+    store; those without it are named."""
     try:
         store().set(f"left {os.environ['RANK']}", "")
         time.sleep(PATIENCE)
@@ -277,7 +278,7 @@ def silence(reason: str) -> PeerError:
     except RuntimeError:  # the machine that holds the store is gone
         silent = []
     who = " and ".join(f"rank {number}" for number in silent) or "another process"
-    cause = f"{who} does not answer ({reason})"
+    cause = f"{who} {'do' if len(silent) > 1 else 'does'} not answer ({reason})"
     return announced(cause) if first_to_end(1) else PeerError(cause)
 
 

@@ -436,9 +436,6 @@ class FrozenTeachers:
         return teacher, model.teacher_classifiers[domain]
 
 
-OLDER = {"interpolation": "bilinear"}  # of checkpoints whose preprocessing does not say it
-
-
 def load_teachers(config, classes, image_size, preprocessing, device) -> FrozenTeachers:
     """The teachers of --teachers. Raises ConfigError for teachers of other classes or images."""
     path, models, sources = Path(config.teachers), {}, {}
@@ -452,7 +449,7 @@ def load_teachers(config, classes, image_size, preprocessing, device) -> FrozenT
                 f"{count}: give teachers trained on the same data"
             )
         size = contents["architecture"]["backbone"]["image_size"]
-        theirs, ours = (OLDER | x for x in (contents["preprocessing"], preprocessing))
+        theirs, ours = (x | data.resizing(x) for x in (contents["preprocessing"], preprocessing))
         if (size, theirs) != (image_size, ours):
             raise ConfigError(
                 f"--teachers {path} take {size} pixels and {theirs}, the student {image_size} and "
